@@ -1,0 +1,1 @@
+"""Raw logs in, prepared data out."""

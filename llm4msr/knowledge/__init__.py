@@ -1,0 +1,1 @@
+"""Prompts, the frozen language model, and the store of its vectors."""

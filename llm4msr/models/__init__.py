@@ -1,0 +1,1 @@
+"""Backbones, meta networks and the LLM4MSR wrapper: plain torch modules."""

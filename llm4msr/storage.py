@@ -1,0 +1,221 @@
+"""A handful of verbs over local paths and fsspec URIs (``s3://bucket/key``).
+
+Endpoint and credentials of ``s3://`` come from the usual AWS settings (``AWS_ENDPOINT_URL``,
+``AWS_ACCESS_KEY_ID``, ...). Nothing here caches: a directory is what the store says it is now.
+
+Two rules keep half-written output from ever being read:
+
+* A file appears whole or not at all: local files are written beside their place and renamed; an object
+  store makes an object visible only when its upload has ended.
+* A directory is finished when it holds ``manifest.json``, which is written last; `read_manifest` refuses
+  a directory without one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+MANIFEST = "manifest.json"
+
+
+class StorageError(ValueError):
+    """Something that should be readable is missing or damaged; the message names it."""
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the file system of `uri` and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(uri, **({"use_listings_cache": False} if uri.startswith("s3://") else {}))
+    return fs, path
+
+
+def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Returns the same as a pyarrow file system, for Parquet and CSV readers."""
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        return pafs.LocalFileSystem(), path
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def is_local(uri: str) -> bool:
+    """Tells whether `uri` names a place on this machine's disk."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """Returns a local `uri` as a path."""
+    assert is_local(uri), uri
+    return Path(filesystem(uri)[1])
+
+
+def join(uri: str, *parts: str) -> str:
+    """Joins a URI and path parts with single slashes."""
+    return posixpath.join(uri.rstrip("/") or "/", *parts)
+
+
+def absolute(uri: str) -> str:
+    """Returns a local path as an absolute one, so that processes with another directory find it; others as they are."""
+    return str(local_path(uri)) if is_local(uri) else uri
+
+
+def exists(uri: str) -> bool:
+    """Tells whether a file or directory is there."""
+    fs, path = filesystem(uri)
+    return fs.exists(path)
+
+
+def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, int]]:
+    """Lists the files below a directory, or the file itself, sorted by name.
+
+    Names that start with ``.`` or ``_`` are left out: they are unfinished writes and markers.
+
+    Returns:
+        (uri, size in bytes) of each; empty where nothing is there.
+    """
+    fs, path = filesystem(uri)
+    if not fs.exists(path):
+        return []
+    found = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)
+    out = []
+    for name, info in sorted(found.items()):
+        base = posixpath.basename(name)
+        if base.endswith(suffix) and not base.startswith((".", "_")):
+            out.append((name if is_local(uri) else fs.unstrip_protocol(name), int(info["size"])))
+    return out
+
+
+def fingerprint(uri: str) -> dict[str, Any]:
+    """Returns what tells one version of a file from another without reading it: size and time or ETag."""
+    fs, path = filesystem(uri)
+    info = fs.info(path)
+    version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
+    return {"size": int(info["size"]), "version": str(version)}
+
+
+def remove(uri: str) -> None:
+    """Removes a file or a whole directory; nothing happens where nothing is there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def copy(source_uri: str, target_uri: str) -> None:
+    """Copies one file between any two places; the target appears whole or not at all."""
+    fs, path = filesystem(source_uri)
+    with fs.open(path, "rb") as source, atomic_write(target_uri) as target:
+        while chunk := source.read(1 << 24):
+            target.write(chunk)
+
+
+@contextmanager
+def atomic_write(uri: str) -> Iterator[IO[bytes]]:
+    """Opens a file for writing that appears under its name only when the block ends without an error."""
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        temporary = posixpath.join(posixpath.dirname(path), f".{posixpath.basename(path)}.{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+    else:
+        file = fs.open(path, "wb")
+        try:
+            yield file
+        except BaseException:
+            file.discard()  # abandons the multipart upload; close() would publish what was written so far
+            raise
+        file.close()
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    with atomic_write(uri) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(uri: str) -> Any:
+    """Reads JSON.
+
+    Raises:
+        StorageError: The file is missing or not JSON.
+    """
+    fs, path = filesystem(uri)
+    try:
+        with fs.open(path, "rb") as file:
+            return json.loads(file.read())
+    except FileNotFoundError as error:
+        raise StorageError(f"{uri}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{uri}: not JSON: {error}") from error
+
+
+def write_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> None:
+    """Writes one Parquet file, whole or not at all."""
+    with atomic_write(uri) as file:
+        pq.write_table(table, file, row_group_size=row_group_size, compression="zstd")
+
+
+def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
+    """Reads one Parquet file, or all of a directory in order of names.
+
+    Raises:
+        StorageError: Nothing is there, a file is damaged, or a column is missing.
+    """
+    files = list_files(uri, ".parquet")
+    if not files:
+        raise StorageError(f"{uri}: no Parquet file there")
+    tables = []
+    for name, _ in files:
+        fs, path = arrow_filesystem(name)
+        try:
+            tables.append(
+                pq.read_table(path, columns=list(columns) if columns else None, filesystem=fs, partitioning=None)
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"{name}: not a readable Parquet file: {error}") from error
+        if columns and (missing := set(columns) - set(tables[-1].column_names)):
+            raise StorageError(f"{name}: columns {sorted(missing)} are missing")
+    return pa.concat_tables(tables) if len(tables) > 1 else tables[0]
+
+
+def write_manifest(uri: str, value: dict[str, Any]) -> None:
+    """Marks a directory as finished; call it last."""
+    write_json(join(uri, MANIFEST), value)
+
+
+def read_manifest(uri: str, what: str) -> dict[str, Any]:
+    """Reads a finished directory's manifest.
+
+    Args:
+        uri: The directory.
+        what: What it should be and how to make it, for the message.
+
+    Raises:
+        StorageError: The directory is missing or unfinished.
+    """
+    if not is_finished(uri):
+        state = "is unfinished (no manifest.json)" if exists(uri) else "does not exist"
+        raise StorageError(f"{uri} {state}: {what}")
+    return read_json(join(uri, MANIFEST))
+
+
+def is_finished(uri: str) -> bool:
+    """Tells whether a directory holds a manifest."""
+    return exists(join(uri, MANIFEST))
