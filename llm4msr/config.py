@@ -287,6 +287,8 @@ class ModelConfig(Section):
     """Hidden widths of each scenario's tower (shared_bottom)."""
     dropout: Fraction = 0.1
     """Dropout after each hidden layer of the backbone."""
+    unseen_dropout: Fraction = 0.0
+    """Share of training rows whose user id is shown as unseen; item ids likewise. For data with many new ids."""
     scenario_norm: bool = True
     """star: normalise its input with statistics kept per scenario (partitioned normalisation)."""
     meta: MetaConfig = MetaConfig()

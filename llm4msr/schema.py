@@ -16,6 +16,8 @@ UNSEEN_INDEX = 1
 FIRST_INDEX = 2
 
 SPLITS = ("train", "valid", "test")
+# The name that reports give to all scenarios together.
+ALL_SCENARIOS = "all"
 
 Kind = Literal["categorical", "numeric", "sequence"]
 Source = Literal["user", "item", "context"]
@@ -85,6 +87,8 @@ class FeatureSchema:
             )
         if not self.scenarios or len(set(self.scenario_names)) != len(self.scenarios):
             raise SchemaError(f"scenario names must differ and be at least one: {list(self.scenario_names)}")
+        if ALL_SCENARIOS in self.scenario_names:
+            raise SchemaError(f"no scenario can be named {ALL_SCENARIOS!r}: reports use it for all rows together")
 
     @property
     def scenario_names(self) -> tuple[str, ...]:

@@ -1,0 +1,93 @@
+"""What every job does around its work: configuration, logging, Ray, and errors a person can read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from llm4msr.config import Config, ConfigError, load_config
+
+LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
+# Ray's own defaults suit clusters: 32 processes that read Parquet footers, progress bars that overwrite log lines.
+LOCAL_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # a private cluster on the loopback address; deployments set token
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Workers' logs are the driver's: the same line from many workers is not news.
+    "RAY_DEDUP_LOGS": "1",
+}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connects to the cluster of RAY_ADDRESS (set inside ``ray job submit``), or starts one on this machine."""
+    for name, value in LOCAL_RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | None = None) -> int:
+    """Runs one job from the command line.
+
+    Returns:
+        Exit status: 0 done, 2 the configuration or the input cannot be used (one clear message, no traceback).
+        Anything else that goes wrong is raised.
+    """
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv, prog)
+    except ConfigError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("httpx", "botocore", "aiobotocore", "fsspec", "s3fs"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with ray_session():
+            job(config)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"{prog}: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def user_message(error: BaseException) -> str | None:
+    """Returns the message of the user's error inside `error`, or None when the fault is the program's own.
+
+    Ray wraps what a task raised, at times more than once; the first error of this project inside is what matters.
+    """
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        found = queue.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if type(found).__module__.startswith("llm4msr."):
+            return str(found)
+        queue += [getattr(found, "cause", None), found.__cause__, found.__context__]
+        failures = getattr(found, "worker_failures", None)
+        if isinstance(failures, dict):
+            queue += list(failures.values())
+    return None

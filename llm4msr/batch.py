@@ -1,0 +1,160 @@
+"""Rows to tensors: the one encoding path of training, evaluation and serving.
+
+A prepared row names its user and item by their rows in the feature tables; `Collator` gathers their features and
+the distinct users' knowledge from memory. Context features come with the row. Nothing here knows where rows come
+from, so a request is encoded exactly as a training row is.
+
+Axes: B rows, F categorical features, N numeric features, T sequence length, U distinct users + 1, K knowledge width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from llm4msr.knowledge.table import KnowledgeTable
+from llm4msr.schema import UNSEEN_INDEX, Feature, FeatureSchema, Source
+
+Rows = Mapping[str, np.ndarray]  # columns of schema.rows_schema, each of length B
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tensors.
+
+    Attributes:
+        ids_BF: int64 embedding indices, features in schema order.
+        numeric_BN: float32, standardised.
+        sequences: int64 (B, T) per sequence feature, padded with 0.
+        scenario_B: int64 scenario index.
+        label_B: float32 0 or 1.
+        row_id_B: int64.
+        knowledge_UK: float32 knowledge of the batch's distinct users; row 0 is zeros = none. None without knowledge.
+        knowledge_index_B: int64 rows of knowledge_UK.
+    """
+
+    ids_BF: torch.Tensor
+    numeric_BN: torch.Tensor
+    sequences: tuple[torch.Tensor, ...]
+    scenario_B: torch.Tensor
+    label_B: torch.Tensor
+    row_id_B: torch.Tensor
+    knowledge_UK: torch.Tensor | None = None
+    knowledge_index_B: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.scenario_B)
+
+    def _map(self, function) -> Batch:
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                changed[field.name] = tuple(map(function, value)) if isinstance(value, tuple) else function(value)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copies every tensor to a device, without waiting for copies out of pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Moves every tensor to page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class EntityFeatures:
+    """Encoded features of all users or all items; row 0 is the unknown one, its features unseen.
+
+    Attributes:
+        ids: int32 (rows + 1, categorical features).
+        numeric: float32 (rows + 1, numeric features).
+        sequences: int32 (rows + 1, T) per sequence feature.
+    """
+
+    ids: np.ndarray
+    numeric: np.ndarray
+    sequences: tuple[np.ndarray, ...]
+
+    @classmethod
+    def from_table(cls, table: pa.Table, schema: FeatureSchema, source: Source) -> EntityFeatures:
+        """Builds from ``users.parquet`` or ``items.parquet`` (`schema.feature_table_schema`)."""
+
+        def stack(features: tuple[Feature, ...], dtype: type, unknown: float) -> np.ndarray:
+            out = np.empty((table.num_rows + 1, len(features)), dtype)
+            out[0] = unknown
+            for i, feature in enumerate(features):
+                out[1:, i] = table[feature.name].to_numpy()
+            return out
+
+        sequences = []
+        for feature in schema.select("sequence", source):
+            values = np.zeros((table.num_rows + 1, feature.max_length), np.int32)
+            flat = table[feature.name].combine_chunks().flatten().to_numpy()
+            values[1:] = flat.reshape(-1, feature.max_length)
+            sequences.append(values)
+        return cls(
+            ids=stack(schema.select("categorical", source), np.int32, UNSEEN_INDEX),
+            numeric=stack(schema.select("numeric", source), np.float32, 0.0),
+            sequences=tuple(sequences),
+        )
+
+
+class Collator:
+    """Encodes rows into batches.
+
+    Args:
+        schema: Names the context columns that rows carry.
+        users: Features by user_row.
+        items: Features by item_row.
+        knowledge: Knowledge by user_row; None for a model without it.
+    """
+
+    def __init__(
+        self, schema: FeatureSchema, users: EntityFeatures, items: EntityFeatures, knowledge: KnowledgeTable | None
+    ) -> None:
+        self.users = users
+        self.items = items
+        self.knowledge = knowledge
+        self.context_ids = [f.name for f in schema.select("categorical", "context")]
+        self.context_numeric = [f.name for f in schema.select("numeric", "context")]
+
+    def __call__(self, rows: Rows) -> Batch:
+        """Encodes B rows; their order is kept."""
+        user_row_B, item_row_B = rows["user_row"], rows["item_row"]
+        num_rows = len(user_row_B)
+
+        def gather(name: str, context: list[str], dtype: type) -> torch.Tensor:
+            users, items = getattr(self.users, name), getattr(self.items, name)
+            out = np.empty((num_rows, users.shape[1] + items.shape[1] + len(context)), dtype)
+            out[:, : users.shape[1]] = users[user_row_B]
+            out[:, users.shape[1] : users.shape[1] + items.shape[1]] = items[item_row_B]
+            for i, column in enumerate(context, start=users.shape[1] + items.shape[1]):
+                out[:, i] = rows[column]
+            return torch.from_numpy(out)
+
+        knowledge_UK = knowledge_index_B = None
+        if self.knowledge is not None:
+            distinct_U, index_B = np.unique(self.knowledge.user_index_N[user_row_B], return_inverse=True)
+            if len(distinct_U) == 0 or distinct_U[0] != 0:  # row 0 = none is always there, for dropout
+                distinct_U, index_B = np.concatenate([[0], distinct_U]), index_B + 1
+            knowledge_UK = torch.from_numpy(self.knowledge.users_NK[distinct_U].astype(np.float32))
+            knowledge_index_B = torch.from_numpy(index_B.astype(np.int64))
+        return Batch(
+            ids_BF=gather("ids", self.context_ids, np.int64),
+            numeric_BN=gather("numeric", self.context_numeric, np.float32),
+            sequences=tuple(
+                torch.from_numpy(table[entity_row].astype(np.int64))
+                for entity, entity_row in ((self.users, user_row_B), (self.items, item_row_B))
+                for table in entity.sequences
+            ),
+            scenario_B=torch.from_numpy(rows["scenario"].astype(np.int64)),
+            label_B=torch.from_numpy(rows["label"].astype(np.float32)),
+            row_id_B=torch.from_numpy(rows["row_id"].astype(np.int64)),
+            knowledge_UK=knowledge_UK,
+            knowledge_index_B=knowledge_index_B,
+        )

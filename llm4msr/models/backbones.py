@@ -1,0 +1,111 @@
+"""Multi-scenario backbones: (x_BD, scenario_B) to logit_B.
+
+A backbone owns neither the embeddings nor the loss, and never sees knowledge: the LLM4MSR wrapper stands around it.
+To add one, write a `Backbone` and name it in `BACKBONES`; nothing else must change.
+
+Axes: B rows, S scenarios, D input width, H hidden width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from llm4msr.config import ModelConfig
+from llm4msr.models.layers import ScenarioNorm, dense_stack, map_by_scenario, scenario_rows
+
+
+class Backbone(nn.Module, ABC):
+    """What every backbone is.
+
+    Args:
+        input_dim: D, the width of x.
+        num_scenarios: S.
+        config: Widths and options.
+    """
+
+    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
+        """Returns logit_B: no activation, no normalisation after it."""
+
+
+class SharedBottom(Backbone):
+    """One bottom network for all scenarios, one tower per scenario (Caruana 1997, as used for multi-scenario ranking).
+
+    The scenario enters by the choice of the tower alone.
+    """
+
+    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
+        super().__init__(input_dim, num_scenarios, config)
+        self.bottom = dense_stack(input_dim, config.hidden_dims, config.dropout)
+        bottom_dim = config.hidden_dims[-1] if config.hidden_dims else input_dim
+        tower_out_dim = config.tower_dims[-1] if config.tower_dims else bottom_dim
+        self.towers = nn.ModuleList(
+            nn.Sequential(dense_stack(bottom_dim, config.tower_dims, config.dropout), nn.Linear(tower_out_dim, 1))
+            for _ in range(num_scenarios)
+        )
+
+    def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
+        """Returns logit_B."""
+        rows = scenario_rows(scenario_B, len(self.towers))
+        return map_by_scenario(self.bottom(x_BD), rows, lambda s, x: self.towers[s](x).squeeze(1))
+
+
+class Star(Backbone):
+    """STAR, star topology adaptive recommender (Sheng et al., CIKM 2021, arXiv 2101.11427).
+
+    Partitioned normalisation of the input (eq. 3-4); fully connected layers whose weight is the element-wise product
+    of a shared and a scenario's weight and whose bias is their sum (eq. 5-6); an auxiliary network that sees the
+    scenario's embedding and adds its logit (eq. 7-8). The scenario weights start at one and their biases at zero, so
+    that all scenarios start as the shared network. The last layer has no activation and no normalisation.
+    """
+
+    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
+        super().__init__(input_dim, num_scenarios, config)
+        self.norm = ScenarioNorm(num_scenarios, input_dim) if config.scenario_norm else None
+        dims = (input_dim, *config.hidden_dims, 1)
+        self.shared = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
+        self.weights_SHD = nn.ParameterList(torch.ones(num_scenarios, b, a) for a, b in itertools.pairwise(dims))
+        self.biases_SH = nn.ParameterList(torch.zeros(num_scenarios, b) for b in dims[1:])
+        self.dropout = nn.Dropout(config.dropout)
+        self.scenario_embedding = nn.Parameter(torch.randn(num_scenarios, config.embedding_dim) * 0.05)
+        auxiliary_dim = config.hidden_dims[-1] if config.hidden_dims else config.embedding_dim
+        self.auxiliary = nn.Sequential(
+            dense_stack(input_dim + config.embedding_dim, (auxiliary_dim,), config.dropout), nn.Linear(auxiliary_dim, 1)
+        )
+
+    def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
+        """Returns logit_B."""
+        if self.norm is not None:
+            x_BD = self.norm(x_BD, scenario_B)
+        rows = scenario_rows(scenario_B, len(self.scenario_embedding))
+        auxiliary_B1 = self.auxiliary(torch.cat([x_BD, self.scenario_embedding[scenario_B]], dim=1))
+        return map_by_scenario(x_BD, rows, self._star) + auxiliary_B1.squeeze(1)
+
+    def _star(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
+        for i, shared in enumerate(self.shared):
+            weight_HD = shared.weight * self.weights_SHD[i][s]
+            x_BD = nn.functional.linear(x_BD, weight_HD, shared.bias + self.biases_SH[i][s])
+            if i + 1 < len(self.shared):
+                x_BD = self.dropout(torch.relu(x_BD))
+        return x_BD.squeeze(1)
+
+
+BACKBONES: dict[str, type[Backbone]] = {"shared_bottom": SharedBottom, "star": Star}
+
+
+def build_backbone(input_dim: int, num_scenarios: int, config: ModelConfig) -> Backbone:
+    """Builds the backbone that ``model.backbone`` names.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if config.backbone not in BACKBONES:
+        raise ValueError(f"model.backbone: no backbone {config.backbone!r}; valid: {', '.join(sorted(BACKBONES))}")
+    return BACKBONES[config.backbone](input_dim, num_scenarios, config)

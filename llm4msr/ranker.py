@@ -1,0 +1,222 @@
+"""The only scoring path outside training: one `Ranker` serves requests, evaluates splits and scores batches.
+
+A ranker is a loaded checkpoint. Raw ids become table rows, context values become indices, rows become a batch as in
+training, and the model's logit becomes a score. Unknown users and items are scored with their unseen features and
+are named in the response.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from llm4msr.batch import Rows
+from llm4msr.schema import FIRST_INDEX, UNSEEN_INDEX, Feature, KeyType
+from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
+
+Key = int | str
+INT64 = np.iinfo(np.int64)
+
+
+class RequestError(ValueError):
+    """A request that cannot be scored; `field` names the part at fault, the message what would be valid."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """One user, one scenario, N candidates.
+
+    Attributes:
+        user: Raw user id.
+        scenario: Scenario name.
+        items: Raw item ids.
+        top_k: Results returned, the best first; None returns all.
+        context: Values of context features by name, the same for all candidates; absent ones are unseen.
+    """
+
+    user: Key
+    scenario: str
+    items: Sequence[Key]
+    top_k: int | None = None
+    context: Mapping[str, Key | float] | None = None
+
+
+@dataclass(frozen=True)
+class RankedItem:
+    """One candidate: its raw id, its score in (0, 1), and whether its id is in the model's item table."""
+
+    item: Key
+    score: float
+    known: bool
+
+
+@dataclass(frozen=True)
+class RankResponse:
+    """The ranking.
+
+    Attributes:
+        model_version: Which model scored.
+        user_known: Whether the user is in the model's user table.
+        knowledge_known: Whether the language model's knowledge of this user was used.
+        results: Highest score first; ties keep the order of the request.
+        model_ms: Milliseconds from raw ids to sorted scores.
+    """
+
+    model_version: str
+    user_known: bool
+    knowledge_known: bool
+    results: list[RankedItem]
+    model_ms: float
+
+
+class KeyIndex:
+    """Raw ids to table rows: 0 for an id that the table lacks.
+
+    Args:
+        keys: Sorted, distinct ids.
+        key_type: int64 or string.
+    """
+
+    def __init__(self, keys: pa.Array, key_type: KeyType) -> None:
+        self.key_type = key_type
+        self.sorted_ids = keys.to_numpy() if key_type == "int64" else None
+        self.rows = None if key_type == "int64" else {key: i for i, key in enumerate(keys.to_pylist(), start=1)}
+
+    def __call__(self, keys: Sequence[Key], field: str) -> np.ndarray:
+        """Returns int32 rows.
+
+        Raises:
+            RequestError: A key is of the wrong type for this data.
+        """
+        if self.rows is not None:
+            wrong = next((key for key in keys if not isinstance(key, str)), None)
+            if wrong is not None:
+                raise RequestError(
+                    field, f"{wrong!r} is not a text id: ids of this data are text, such as {self.example()!r}"
+                )
+            return np.fromiter((self.rows.get(key, 0) for key in keys), np.int32, len(keys))
+        wrong = next(
+            (k for k in keys if not isinstance(k, int) or isinstance(k, bool) or not INT64.min <= k <= INT64.max), None
+        )
+        if wrong is not None:
+            raise RequestError(
+                field, f"{wrong!r} is not a 64-bit integer: ids of this data are integers, such as {self.example()}"
+            )
+        if not len(self.sorted_ids):
+            return np.zeros(len(keys), np.int32)
+        wanted = np.asarray(keys, np.int64)
+        place = np.minimum(np.searchsorted(self.sorted_ids, wanted), len(self.sorted_ids) - 1)
+        return np.where(self.sorted_ids[place] == wanted, place + 1, 0).astype(np.int32)
+
+    def example(self) -> Key | None:
+        """Returns some id of the table."""
+        if self.rows is not None:
+            return next(iter(self.rows), None)
+        return int(self.sorted_ids[0]) if len(self.sorted_ids) else None
+
+
+class Ranker:
+    """Scores with one checkpoint.
+
+    Args:
+        checkpoint: Loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        schema = checkpoint.schema
+        self.user_rows = KeyIndex(checkpoint.users["key"].combine_chunks(), schema.user_key_type)
+        self.item_rows = KeyIndex(checkpoint.items["key"].combine_chunks(), schema.item_key_type)
+        self.context = {f.name: f for f in schema.features if f.source == "context"}
+        self.context_index = {
+            f.name: {v: i for i, v in enumerate(checkpoint.vocabulary(f.name).to_pylist(), start=FIRST_INDEX)}
+            for f in schema.select("categorical", "context")
+        }
+
+    @classmethod
+    def from_checkpoint(cls, uri: str) -> Ranker:
+        """Loads a checkpoint from a local path or s3://.
+
+        Raises:
+            StorageError: It is missing, unfinished or damaged.
+        """
+        return cls(load_checkpoint(uri))
+
+    @property
+    def model_version(self) -> str:
+        """Name of the run that made the model."""
+        return self.checkpoint.metadata["model_version"]
+
+    def rank(self, request: RankRequest) -> RankResponse:
+        """Scores the candidates of one request.
+
+        Raises:
+            RequestError: Unknown scenario or context feature, no candidates, or an id or value of the wrong type.
+        """
+        started = time.perf_counter()
+        names = self.checkpoint.schema.scenario_names
+        if request.scenario not in names:
+            raise RequestError("scenario", f"no scenario {request.scenario!r}; valid: {', '.join(names)}")
+        if not request.items:
+            raise RequestError("items", "no candidates: give at least one item")
+        if request.top_k is not None and request.top_k < 1:
+            raise RequestError("top_k", f"{request.top_k} results are not possible: give 1 or more, or leave it out")
+        user_row = int(self.user_rows([request.user], "user")[0])
+        item_row_N = self.item_rows(request.items, "items")
+        num_rows = len(item_row_N)
+        rows = {
+            "row_id": np.arange(num_rows, dtype=np.int64),
+            "user_row": np.full(num_rows, user_row, np.int32),
+            "item_row": item_row_N,
+            "scenario": np.full(num_rows, names.index(request.scenario), np.int32),
+            "label": np.zeros(num_rows, np.int8),
+            **self._context_columns(request.context or {}, num_rows),
+        }
+        score_N = self.score(rows)
+        order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
+        knowledge = self.checkpoint.knowledge
+        return RankResponse(
+            model_version=self.model_version,
+            user_known=user_row > 0,
+            knowledge_known=knowledge is not None and bool(knowledge.user_index_N[user_row]),
+            results=[RankedItem(request.items[i], float(score_N[i]), bool(item_row_N[i])) for i in order_N],
+            model_ms=(time.perf_counter() - started) * 1000,
+        )
+
+    def score(self, rows: Rows) -> np.ndarray:
+        """Scores prepared rows (columns of `schema.rows_schema`); returns float64 scores in their order."""
+        with torch.inference_mode():
+            logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows))
+            return torch.sigmoid(logit_B.double()).numpy()
+
+    def _context_columns(self, context: Mapping[str, Key | float], num_rows: int) -> dict[str, np.ndarray]:
+        unknown = sorted(set(context) - set(self.context))
+        if unknown:
+            valid = ", ".join(sorted(self.context)) or "this model has none"
+            raise RequestError("context", f"no context feature {unknown[0]!r}; valid: {valid}")
+        return {
+            name: np.full(
+                num_rows,
+                self._encode(feature, context.get(name)),
+                np.float32 if feature.kind == "numeric" else np.int32,
+            )
+            for name, feature in self.context.items()
+        }
+
+    def _encode(self, feature: Feature, value: Key | float | None) -> float | int:
+        if feature.kind == "numeric":
+            if value is None:
+                return 0.0
+            if isinstance(value, (str, bool)):
+                raise RequestError("context", f"{feature.name} is numeric, found {value!r}")
+            return (float(value) - feature.mean) / feature.std
+        return UNSEEN_INDEX if value is None else self.context_index[feature.name].get(str(value), UNSEEN_INDEX)

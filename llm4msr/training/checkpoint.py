@@ -1,0 +1,150 @@
+"""A checkpoint: one directory that is enough to evaluate, serve or inspect a model.
+
+* config.json           the whole resolved configuration of the run
+* schema.json           features and scenarios
+* users.parquet, items.parquet, vocab/   feature tables and vocabularies, as prepared
+* knowledge/            the knowledge table (absent for a backbone alone)
+* model.safetensors     weights and buffers
+* metadata.json         version, seed, knowledge, what it was trained on, versions of the libraries
+* manifest.json         written last
+
+Only safetensors, plain .npy, Parquet and JSON are read: nothing in a checkpoint can run code. The model is rebuilt
+from schema and configuration; weights that do not fit are refused by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llm4msr import storage
+from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.config import Config, config_from_dict
+from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE, VOCAB_DIRECTORY, PreparedData
+from llm4msr.knowledge.table import KnowledgeTable
+from llm4msr.models.llm4msr import MultiScenarioModel, build_model
+from llm4msr.schema import FeatureSchema
+
+MODEL_FILE = "model.safetensors"
+KNOWLEDGE_DIRECTORY = "knowledge"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        uri: Where it lies.
+        config: The run's configuration.
+        schema: Features and scenarios.
+        model: In evaluation mode, on the CPU.
+        users: Feature table with keys; record i is table row i + 1.
+        items: The same for items.
+        collator: Encodes rows for `model`.
+        knowledge: The knowledge table, or None for a backbone alone.
+        metadata: What `save_checkpoint` was given.
+    """
+
+    uri: str
+    config: Config
+    schema: FeatureSchema
+    model: MultiScenarioModel
+    users: pa.Table
+    items: pa.Table
+    collator: Collator
+    knowledge: KnowledgeTable | None
+    metadata: dict[str, Any]
+
+    def vocabulary(self, feature_name: str) -> pa.Array:
+        """Returns the values of a context feature; the value at position r has index r + 2."""
+        place = storage.join(self.uri, VOCAB_DIRECTORY, f"{feature_name}.parquet")
+        return storage.read_parquet(place)["value"].combine_chunks()
+
+
+def save_checkpoint(
+    uri: str,
+    config: Config,
+    prepared: PreparedData,
+    knowledge: KnowledgeTable | None,
+    state: dict[str, torch.Tensor],
+    metadata: dict[str, Any],
+) -> None:
+    """Writes a checkpoint to a fresh place; what an unfinished attempt left there is removed.
+
+    Args:
+        uri: The directory.
+        config: The run's configuration.
+        prepared: The data it was trained on.
+        knowledge: What the model was trained with (shuffled, if it was), or None.
+        state: The model's state dict.
+        metadata: JSON values; must hold "model_version".
+    """
+    storage.remove(uri)
+    for name in (SCHEMA_FILE, USERS_FILE, ITEMS_FILE):
+        storage.copy(storage.join(prepared.uri, name), storage.join(uri, name))
+    for source, _ in storage.list_files(storage.join(prepared.uri, VOCAB_DIRECTORY), ".parquet"):
+        storage.copy(source, storage.join(uri, VOCAB_DIRECTORY, source.rsplit("/", 1)[-1]))
+    if knowledge is not None:
+        knowledge.save(storage.join(uri, KNOWLEDGE_DIRECTORY))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL_FILE
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
+        storage.copy(str(path), storage.join(uri, MODEL_FILE))
+    storage.write_json(storage.join(uri, "config.json"), config.model_dump(mode="json"))
+    storage.write_json(storage.join(uri, "metadata.json"), metadata)
+    storage.write_manifest(uri, {"kind": "checkpoint", "model_version": metadata["model_version"]})
+
+
+def load_checkpoint(uri: str) -> Checkpoint:
+    """Loads a checkpoint from anywhere.
+
+    Raises:
+        StorageError: It is missing, unfinished or damaged, or its weights do not fit its configuration.
+    """
+    manifest = storage.read_manifest(uri, "a checkpoint is written by jobs.train")
+    if manifest.get("kind") != "checkpoint":
+        raise storage.StorageError(f"{uri}: a {manifest.get('kind')!r} directory, not a checkpoint")
+    config = config_from_dict(storage.read_json(storage.join(uri, "config.json")))
+    schema = FeatureSchema.from_json(storage.read_json(storage.join(uri, SCHEMA_FILE)))
+    users = storage.read_parquet(storage.join(uri, USERS_FILE))
+    items = storage.read_parquet(storage.join(uri, ITEMS_FILE))
+    metadata = storage.read_json(storage.join(uri, "metadata.json"))
+    knowledge = None
+    if metadata["knowledge"] != "none":
+        knowledge = KnowledgeTable.load(storage.join(uri, KNOWLEDGE_DIRECTORY))
+    model = build_model(schema, config.model, knowledge.width if knowledge else None)
+    _load_weights(model, uri)
+    collator = Collator(
+        schema,
+        EntityFeatures.from_table(users, schema, "user"),
+        EntityFeatures.from_table(items, schema, "item"),
+        knowledge,
+    )
+    return Checkpoint(uri, config, schema, model.eval(), users, items, collator, knowledge, metadata)
+
+
+def _load_weights(model: MultiScenarioModel, uri: str) -> None:
+    place = storage.join(uri, MODEL_FILE)
+    try:
+        if storage.is_local(place):
+            state = load_file(storage.local_path(place))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / MODEL_FILE
+                storage.copy(place, str(path))
+                state = load_file(path)
+    except FileNotFoundError as error:
+        raise storage.StorageError(f"{place}: no such file") from error
+    except SafetensorError as error:
+        raise storage.StorageError(f"{place}: not readable safetensors: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise storage.StorageError(f"{place}: the weights do not fit config.json and schema.json: {error}") from error

@@ -1,0 +1,87 @@
+"""Runs of an experiment under Ray Train: which ones there are, where they go, and how one is started."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from llm4msr import storage, workspace
+from llm4msr.config import Config, digest
+from llm4msr.knowledge.place import knowledge_uri
+from llm4msr.training.loop import TrainTask, train_worker
+
+logger = logging.getLogger("llm4msr.training")
+
+
+def plan_runs(config: Config) -> list[TrainTask]:
+    """Lists the runs of ``experiment.knowledge`` x ``experiment.seeds``.
+
+    A run's place follows from all that its result depends on, so a finished run is found again and any change makes
+    a new one. The backbone alone does not depend on the knowledge or on the meta networks.
+
+    Raises:
+        StorageError: Data or knowledge is not there yet.
+    """
+    prepared_uri = workspace.prepared_uri(config)
+    tasks = []
+    for knowledge in config.experiment.knowledge:
+        place = knowledge_uri(config) if knowledge != "none" else None
+        model = config.model.model_dump(mode="json", exclude={"meta"} if knowledge == "none" else None)
+        for seed in config.experiment.seeds:
+            depends_on = {
+                "prepared": prepared_uri.rsplit("/", 1)[-1],
+                "knowledge_table": place and place.rsplit("/", 1)[-1],
+                "knowledge": knowledge,
+                "seed": seed,
+                "model": model,
+                "train": config.train.model_dump(mode="json", exclude={"log_every_steps"}),
+            }
+            name = f"{config.model.backbone}-{knowledge}-seed{seed}-{digest(depends_on)[:8]}"
+            run_uri = storage.join(workspace.runs_root(config), name)
+            tasks.append(TrainTask(config, prepared_uri, place, knowledge, seed, run_uri, name))
+    return tasks
+
+
+def train(task: TrainTask) -> dict[str, Any]:
+    """Trains one run, or finds it finished; returns its checkpoint's metadata.
+
+    Ray must be initialised. With 0 workers the loop runs in this process; otherwise in a DDP group of Ray Train.
+
+    Raises:
+        TrainingError: Training cannot go on.
+        ray.train.TrainingFailedError: A worker failed.
+    """
+    if storage.is_finished(task.checkpoint_uri):
+        logger.info("%s: already trained", task.name)
+        return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    num_workers = task.config.train.num_workers
+    if num_workers == "auto":
+        num_workers = num_gpus
+    filesystem, path = storage.arrow_filesystem(storage.join(task.run_uri, "ray"))
+    result = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=num_gpus > 0),
+        run_config=RunConfig(name=task.name, storage_path=path, storage_filesystem=filesystem),
+    ).fit()
+    return result.return_value
+
+
+def _worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    return train_worker(
+        loop_config["task"],
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=device,
+        report=lambda metrics: ray.train.report(metrics),
+    )

@@ -1,0 +1,131 @@
+"""Backbones against hand-computed values, and the properties every one of them must have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm4msr.config import ModelConfig
+from llm4msr.models.backbones import BACKBONES, build_backbone
+from llm4msr.models.layers import ScenarioNorm, map_by_scenario, scenario_rows
+
+CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(8, 6), tower_dims=(5,), dropout=0.2)
+
+
+def build(name: str, num_scenarios: int = 3, **changes):
+    torch.manual_seed(0)
+    return build_backbone(7, num_scenarios, CONFIG.model_copy(update={"backbone": name, **changes}))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+class TestEveryBackbone:
+    def test_shape_and_missing_scenarios(self, name):
+        model = build(name)
+        for scenario_B in (torch.tensor([0, 2, 1, 0]), torch.tensor([1, 1, 1, 1]), torch.tensor([2])):
+            assert model(torch.randn(len(scenario_B), 7), scenario_B).shape == scenario_B.shape
+
+    def test_score_alone_equals_score_in_a_batch(self, name):
+        model = build(name)
+        x_BD, scenario_B = torch.randn(50, 7) * 3, torch.randint(0, 3, (50,))
+        for _ in range(5):
+            model(x_BD, scenario_B)  # training moves the running statistics
+        model.eval()
+        together = model(x_BD, scenario_B)
+        alone = torch.cat([model(x_BD[i : i + 1], scenario_B[i : i + 1]) for i in range(50)])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        assert together.std() > 0.01
+
+    def test_gradient_reaches_every_parameter(self, name):
+        model = build(name, dropout=0.0)
+        torch.manual_seed(1)
+        x_BD, scenario_B = torch.randn(200, 7), torch.randint(0, 3, (200,))
+        model(x_BD, scenario_B).square().sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_every_parameter_has_a_gradient_when_a_scenario_is_missing(self, name):
+        model = build(name)
+        model(torch.randn(20, 7), torch.zeros(20, dtype=torch.int64)).sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+    def test_private_parameters_get_no_gradient_from_other_scenarios(self, name):
+        model = build(name)
+        scenario_B = torch.randint(0, 2, (60,))  # scenario 2 has no rows
+        model(torch.randn(60, 7), scenario_B).sum().backward()
+        private = {
+            n: p.grad[2] if p.grad.shape[0] == 3 else p.grad
+            for n, p in model.named_parameters()
+            if (p.shape[0] == 3 and not n.startswith("bottom")) or n.startswith("towers.2")
+        }
+        assert private
+        assert [n for n, gradient in private.items() if gradient.abs().sum() > 0] == []
+
+
+def test_shared_bottom_forward_by_hand():
+    model = build("shared_bottom", num_scenarios=2, hidden_dims=(2,), tower_dims=(), dropout=0.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.bottom[0].weight[:, :2] = torch.tensor([[1.0, 2.0], [-1.0, 1.0]])
+        model.bottom[0].bias[:] = torch.tensor([0.5, 0.0])
+        model.towers[0][1].weight[:] = torch.tensor([[1.0, 1.0]])
+        model.towers[1][1].weight[:] = torch.tensor([[2.0, -1.0]])
+        model.towers[1][1].bias[:] = 0.25
+    x_BD = torch.zeros(2, 7)
+    x_BD[:, 0], x_BD[:, 1] = 1.0, 3.0
+    # bottom: relu(1 + 6 + 0.5, -1 + 3) = (7.5, 2); towers: 9.5 and 15 - 2 + 0.25
+    torch.testing.assert_close(model(x_BD, torch.tensor([0, 1])), torch.tensor([9.5, 13.25]))
+
+
+def test_star_multiplies_weights_and_adds_biases():
+    model = build("star", num_scenarios=2, hidden_dims=(2,), scenario_norm=False, dropout=0.0)
+    with torch.no_grad():
+        for p in model.auxiliary.parameters():
+            p.zero_()
+        model.shared[0].weight.zero_()
+        model.shared[0].weight[:, :2] = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        model.shared[0].bias[:] = torch.tensor([1.0, -1.0])
+        model.shared[1].weight[:] = torch.tensor([[1.0, 0.5]])
+        model.shared[1].bias[:] = 0.0
+        model.weights_SHD[0][1, :, :2] = torch.tensor([[2.0, 1.0], [1.0, 5.0]])
+        model.biases_SH[0][1] = torch.tensor([0.5, 0.0])
+        model.biases_SH[1][1] = -1.0
+    x_BD = torch.zeros(2, 7)
+    x_BD[:, 0], x_BD[:, 1] = 2.0, 1.0
+    # scenario 0: (2 + 2 + 1, 6 - 1) -> 5 + 2.5; scenario 1: (4 + 2 + 1.5, 6 - 1) -> 7.5 + 2.5 - 1
+    torch.testing.assert_close(model(x_BD, torch.tensor([0, 1])), torch.tensor([7.5, 9.0]))
+
+
+def test_scenario_norm_by_hand():
+    norm = ScenarioNorm(2, 1, momentum=0.5, eps=0.0)
+    x_BD, scenario_B = torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1])
+    out = norm(x_BD, scenario_B)
+    # scenario 0: mean 2, variance 1; scenario 1 has one row and keeps the running mean 0 and variance 1
+    torch.testing.assert_close(out, torch.tensor([[-1.0], [1.0], [10.0]]))
+    torch.testing.assert_close(norm.mean_SD, torch.tensor([[1.0], [0.0]]))
+    torch.testing.assert_close(norm.var_SD, torch.tensor([[1.5], [1.0]]))  # unbiased 2, half way from 1
+    norm.eval()
+    torch.testing.assert_close(norm(x_BD, scenario_B)[:2], (x_BD[:2] - 1) / 1.5**0.5)
+
+
+def test_scenario_norm_matches_batch_norm_per_scenario():
+    torch.manual_seed(0)
+    norm, reference = ScenarioNorm(2, 4), [torch.nn.BatchNorm1d(4) for _ in range(2)]
+    for _ in range(3):
+        x_BD, scenario_B = torch.randn(64, 4) * 5 + 100, torch.arange(64) % 2
+        out = norm(x_BD, scenario_B)
+        for s in range(2):
+            torch.testing.assert_close(out[scenario_B == s], reference[s](x_BD[scenario_B == s]), atol=1e-3, rtol=1e-3)
+    for s in range(2):
+        torch.testing.assert_close(norm.mean_SD[s], reference[s].running_mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(norm.var_SD[s], reference[s].running_var, rtol=1e-3, atol=1e-3)
+
+
+def test_map_by_scenario_puts_rows_back():
+    x_BD, scenario_B = torch.arange(10.0).unsqueeze(1), torch.tensor([1, 0, 2, 1, 1, 0, 2, 2, 0, 1])
+    out = map_by_scenario(x_BD, scenario_rows(scenario_B, 4), lambda s, x: x.squeeze(1) * 10 + s)
+    torch.testing.assert_close(out, x_BD.squeeze(1) * 10 + scenario_B)
+
+
+def test_unknown_backbone_names_the_valid_ones():
+    with pytest.raises(ValueError, match=r"no backbone 'starr'; valid: shared_bottom, star"):
+        build("starr")
