@@ -18,9 +18,14 @@ LOCAL_RAY_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Workers' logs are the driver's: the same line from many workers is not news.
-    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default: a worker without GPUs keeps what it was given
+}
+# What these say at their usual level, the jobs' own lines say better.
+QUIET_LOGGERS = {
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.train": logging.WARNING,
+    "ray.serve": logging.WARNING,
 }
 
 
@@ -31,13 +36,14 @@ def ray_session() -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in QUIET_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    options = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    # Without an address, ray.init would join any cluster that "ray start" left on this machine.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options = {} if address != "local" else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **options)
     try:
         yield

@@ -15,11 +15,11 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, InitSettingsSource, SettingsConfigDict, SettingsError
 
 ENV_PREFIX = "LLM4MSR_"
 # Variables that share the prefix without being configuration (the test suite's shared data folder).
@@ -28,6 +28,7 @@ RESERVED_ENV = frozenset({"LLM4MSR_SHARED"})
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]  # numpy takes no other
 
 
 class ConfigError(ValueError):
@@ -37,7 +38,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every section: frozen, closed, documented by the docstrings below the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class SplitConfig(Section):
@@ -178,7 +181,7 @@ class SyntheticConfig(Section):
     """Mean search rows per user, before repeats."""
     num_shards: PositiveInt = 1
     """1: single CSV files as published; more: folders of CSV shards."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generator."""
 
 
@@ -199,7 +202,7 @@ class DataConfig(Section):
     """Negatives drawn per positive, within the scenario, never an item that the user has. For positive-only tables."""
     num_buckets: PositiveInt | Auto = "auto"
     """Prepared files per split; each holds whole users. auto: by input size."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the drawn negatives and of the order of rows inside a file."""
     movielens: MovieLensConfig = MovieLensConfig()
     """Settings of kind = movielens."""
@@ -332,7 +335,7 @@ class ExperimentConfig(Section):
 
     knowledge: tuple[Knowledge, ...] = ("none", "llm", "shuffled")
     """none: the backbone alone; llm: with LLM4MSR; shuffled: with other users' knowledge (the control)."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """One run per seed and knowledge."""
 
     @model_validator(mode="after")
@@ -413,7 +416,12 @@ def load_config(argv: Sequence[str] = (), prog: str = "llm4msr", environ: Mappin
         @classmethod
         def settings_customise_sources(cls, settings_cls, init_settings, **_):
             cli = CliSettingsSource(
-                settings_cls, cli_parse_args=flags, cli_prog_name=prog, cli_hide_none_type=True, cli_avoid_json=True
+                settings_cls,
+                cli_parse_args=flags,
+                cli_prog_name=prog,
+                cli_hide_none_type=True,
+                cli_avoid_json=True,
+                cli_exit_on_error=False,
             )
             # JSON text from the environment is read exactly as flags are, so both take lists and tables.
             return (cli, InitSettingsSource(settings_cls, env_tree), InitSettingsSource(settings_cls, tree))
@@ -422,6 +430,8 @@ def load_config(argv: Sequence[str] = (), prog: str = "llm4msr", environ: Mappin
     try:
         loaded = Loader()
         return Config.model_construct(**{name: getattr(loaded, name) for name in Config.model_fields})
+    except SettingsError as error:
+        raise ConfigError(f"on the command line: {error}; see --help") from error
     except ValidationError as error:
         raise ConfigError(_explain(error, known)) from error
 
@@ -466,6 +476,8 @@ def _unknown(name: str, known: Mapping[str, Any], where: str) -> str:
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    if sum(token == "--config" or token.startswith("--config=") for token in argv) > 1:
+        raise ConfigError("--config is given more than once")
     for i, token in enumerate(argv):
         if token == "--config":
             if i + 1 == len(argv):
@@ -492,13 +504,16 @@ def _check_keys(tree: Mapping[str, Any], known: Mapping[str, Any], where: str, p
         name = prefix + key
         if name not in known:
             raise ConfigError(_unknown(name, known, where))
-        if isinstance(value, Mapping) and any(k.startswith(f"{name}.") for k in known):
+        if any(k.startswith(f"{name}.") for k in known):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: a section with keys of its own is needed (found {value!r} {where})")
             _check_keys(value, known, where, f"{name}.")
 
 
 def _read_environment(environ: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for variable, text in environ.items():
+    # Whole sections come first: a variable of one key wins over that of its section.
+    for variable, text in sorted(environ.items(), key=lambda item: (item[0].count("__"), item[0])):
         if not variable.startswith(ENV_PREFIX) or variable in RESERVED_ENV:
             continue
         name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
@@ -514,18 +529,33 @@ def _read_environment(environ: Mapping[str, str], known: Mapping[str, Any]) -> d
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
+        _check_keys({leaf: value}, known, f"from the environment variable {variable}", name.removesuffix(leaf))
         node[leaf] = value
     return tree
 
 
 def _explain(error: ValidationError, known: Mapping[str, Any]) -> str:
-    lines = []
+    lines: dict[str, str] = {}
     for item in error.errors():
+        every = dict(known) | dict(_item_fields(known, [part for part in item["loc"] if isinstance(part, int)]))
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(_unknown(name, known, "in the configuration"))
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], (BaseModel, Mapping)) else f" (found {item['input']!r})"
-            lines.append(f"{name or 'configuration'}: {message}{found}")
-    return "\n".join(lines)
+            lines[name] = _unknown(name, every, "in the configuration")
+            continue
+        while name and name not in every and not name.rsplit(".", 1)[-1].isdigit():
+            name = name.rpartition(".")[0]  # what pydantic adds to tell the members of a union apart
+        message = item["msg"].removeprefix("Value error, ")
+        found = "" if isinstance(item["input"], (BaseModel, Mapping)) else f" (found {item['input']!r})"
+        if name in lines:
+            message = f"{lines[name].removeprefix(f'{name}: ').removesuffix(found)}, or: {message}"
+        lines[name] = f"{name or 'configuration'}: {message}{found}"
+    return "\n".join(lines.values())
+
+
+def _item_fields(known: Mapping[str, Any], indices: Sequence[int]) -> Iterator[tuple[str, Any]]:
+    """Yields the keys of the listed sections, such as ``data.table.features.0.name``."""
+    for name, field in known.items():
+        for item in get_args(field.annotation):
+            if isinstance(item, type) and issubclass(item, BaseModel):
+                for index in indices:
+                    yield from _fields(item, f"{name}.{index}.")

@@ -21,6 +21,9 @@ from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
 
 Key = int | str
 INT64 = np.iinfo(np.int64)
+# Among N numbers none lies more than sqrt(N - 1) standard deviations from their mean: what is farther is a mistake,
+# and large enough a one would leave the model without a finite score.
+MAX_DEVIATIONS = 1e6
 
 
 class RequestError(ValueError):
@@ -98,18 +101,16 @@ class KeyIndex:
             RequestError: A key is of the wrong type for this data.
         """
         if self.rows is not None:
-            wrong = next((key for key in keys if not isinstance(key, str)), None)
-            if wrong is not None:
+            wrong = [key for key in keys if not isinstance(key, str)]
+            if wrong:
                 raise RequestError(
-                    field, f"{wrong!r} is not a text id: ids of this data are text, such as {self.example()!r}"
+                    field, f"{wrong[0]!r} is not a text id: ids of this data are text, such as {self.example()!r}"
                 )
             return np.fromiter((self.rows.get(key, 0) for key in keys), np.int32, len(keys))
-        wrong = next(
-            (k for k in keys if not isinstance(k, int) or isinstance(k, bool) or not INT64.min <= k <= INT64.max), None
-        )
-        if wrong is not None:
+        wrong = [k for k in keys if not isinstance(k, int) or isinstance(k, bool) or not INT64.min <= k <= INT64.max]
+        if wrong:
             raise RequestError(
-                field, f"{wrong!r} is not a 64-bit integer: ids of this data are integers, such as {self.example()}"
+                field, f"{wrong[0]!r} is not a 64-bit integer: ids of this data are integers, such as {self.example()}"
             )
         if not len(self.sorted_ids):
             return np.zeros(len(keys), np.int32)
@@ -172,16 +173,19 @@ class Ranker:
             raise RequestError("top_k", f"{request.top_k} results are not possible: give 1 or more, or leave it out")
         user_row = int(self.user_rows([request.user], "user")[0])
         item_row_N = self.item_rows(request.items, "items")
-        num_rows = len(item_row_N)
+        # Each distinct row is scored once: batched sums may differ in the last bit from one place of a batch to
+        # another, and the same item (or two unknown ones) must not get two scores.
+        distinct_U, index_N = np.unique(item_row_N, return_inverse=True)
+        num_rows = len(distinct_U)
         rows = {
             "row_id": np.arange(num_rows, dtype=np.int64),
             "user_row": np.full(num_rows, user_row, np.int32),
-            "item_row": item_row_N,
+            "item_row": distinct_U,
             "scenario": np.full(num_rows, names.index(request.scenario), np.int32),
             "label": np.zeros(num_rows, np.int8),
             **self._context_columns(request.context or {}, num_rows),
         }
-        score_N = self.score(rows)
+        score_N = self.score(rows)[index_N]
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
         knowledge = self.checkpoint.knowledge
         return RankResponse(
@@ -218,5 +222,15 @@ class Ranker:
                 return 0.0
             if isinstance(value, (str, bool)):
                 raise RequestError("context", f"{feature.name} is numeric, found {value!r}")
-            return (float(value) - feature.mean) / feature.std
+            try:
+                standardised = (float(value) - feature.mean) / feature.std
+            except OverflowError:  # a whole number beyond float64
+                standardised = np.inf
+            if not abs(standardised) <= MAX_DEVIATIONS:
+                raise RequestError(
+                    "context",
+                    f"{feature.name} is {str(value)[:30]}, more than {MAX_DEVIATIONS:.0e} standard deviations "
+                    f"({feature.std:.6g} each) from the mean {feature.mean:.6g}",
+                )
+            return standardised
         return UNSEEN_INDEX if value is None else self.context_index[feature.name].get(str(value), UNSEEN_INDEX)

@@ -140,6 +140,7 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
             yield file
         except BaseException:
             file.discard()  # abandons the multipart upload; close() would publish what was written so far
+            file.closed = True  # or the file object would close itself when it is thrown away
             raise
         file.close()
 
@@ -181,17 +182,18 @@ def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     files = list_files(uri, ".parquet")
     if not files:
         raise StorageError(f"{uri}: no Parquet file there")
+    wanted = None if columns is None else list(columns)
     tables = []
     for name, _ in files:
         fs, path = arrow_filesystem(name)
         try:
-            tables.append(
-                pq.read_table(path, columns=list(columns) if columns else None, filesystem=fs, partitioning=None)
-            )
+            with pq.ParquetFile(path, filesystem=fs) as file:
+                if wanted is not None and (missing := set(wanted) - set(file.schema_arrow.names)):
+                    raise StorageError(f"{name}: columns {sorted(missing)} are missing")
+                table = file.read(wanted)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{name}: not a readable Parquet file: {error}") from error
-        if columns and (missing := set(columns) - set(tables[-1].column_names)):
-            raise StorageError(f"{name}: columns {sorted(missing)} are missing")
+        tables.append(table if wanted is None else table.select(wanted))
     return pa.concat_tables(tables) if len(tables) > 1 else tables[0]
 
 

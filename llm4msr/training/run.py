@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import ray
@@ -64,6 +65,9 @@ def train(task: TrainTask) -> dict[str, Any]:
     num_workers = task.config.train.num_workers
     if num_workers == "auto":
         num_workers = num_gpus
+    if num_workers == 0:
+        # One processor is left to the thread that collates batches; on a busy machine more threads only wait.
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     filesystem, path = storage.arrow_filesystem(storage.join(task.run_uri, "ray"))
     result = TorchTrainer(
         _worker,

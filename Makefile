@@ -1,0 +1,46 @@
+# Everything a person types. `make help` lists the targets.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+WORKSPACE ?= workspace/demo
+CHECKPOINT ?=
+PORT ?= 8000
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(INSTALLED) ## Create .venv and install the locked dependencies.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version), needed: Python 3.11 (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) lacks the venv module: install it (Debian: apt-get install python3.11-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked dependencies into $(VENV) (a few minutes the first time) ..."
+	@# torch first and by its exact version: as somebody's dependency it could be another build.
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[embedded,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Generate data, prepare, extract, train, evaluate; print the comparison.
+	$(BIN)/python -m jobs.pipeline --config jobs/recipes/demo.toml --workspace_uri $(WORKSPACE)
+
+serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
+	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri $(CHECKPOINT),--workspace_uri $(WORKSPACE)) --port $(PORT)
+
+test: $(INSTALLED) ## Run the linter and the whole test suite.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Run the linter alone, and mend what it can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and the demo's output.
+	rm -rf $(VENV) workspace/demo

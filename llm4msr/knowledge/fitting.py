@@ -1,0 +1,85 @@
+"""Cuts prompts to a model's token limit: events go first, oldest first, then the head's end; never the instruction.
+
+A shortened prompt is tokenised as a whole, since tokens may span the seams between its parts; a binary search over
+the number of quoted events keeps that to a few calls for a whole batch. Knows a tokenizer only as a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llm4msr.knowledge.prompts import Prompt
+
+Tokenise = Callable[[list[str]], list[list[int]]]
+
+
+@dataclass
+class Fitted:
+    """One prompt within the limit.
+
+    Attributes:
+        token_ids: What the model reads, special tokens included; empty where even the bare instruction is too long.
+        num_dropped_events: Events that were left out, of all in the prompt.
+        num_cut_characters: Characters cut from the end of what stands before the instruction.
+    """
+
+    token_ids: list[int]
+    num_dropped_events: int = 0
+    num_cut_characters: int = 0
+
+
+def fit(prompts: Sequence[Prompt], tokenise: Tokenise, max_tokens: int) -> list[Fitted]:
+    """Returns every prompt in at most `max_tokens` tokens.
+
+    Args:
+        prompts: Any number of prompts.
+        tokenise: Token ids of each text, special tokens and chat template included.
+        max_tokens: Limit, special tokens included.
+    """
+    out = [Fitted(ids) for ids in tokenise([p.text() for p in prompts])]
+    too_long = [i for i, fitted in enumerate(out) if len(fitted.token_ids) > max_tokens]
+    kept = _largest(
+        [len(prompts[i].events) - 1 for i in too_long],
+        lambda which, counts: tokenise(
+            [prompts[too_long[w]].text(num_events=n) for w, n in zip(which, counts, strict=True)]
+        ),
+        max_tokens,
+    )
+    heads = []
+    for i, (num_events, token_ids) in zip(too_long, kept, strict=True):
+        out[i] = Fitted(token_ids, len(prompts[i].events) - max(num_events, 0))
+        if num_events < 0:
+            heads.append(i)
+    lengths = {i: len(prompts[i].text(num_events=0)) - len(prompts[i].tail) - 1 for i in heads}
+    cut = _largest(
+        [max(lengths[i], 0) for i in heads],
+        lambda which, counts: tokenise(
+            [prompts[heads[w]].text(num_events=0, body_characters=n) for w, n in zip(which, counts, strict=True)]
+        ),
+        max_tokens,
+    )
+    for i, (num_characters, token_ids) in zip(heads, cut, strict=True):
+        out[i].token_ids = token_ids
+        out[i].num_cut_characters = lengths[i] - max(num_characters, 0)
+    return out
+
+
+def _largest(
+    highest: Sequence[int], tokenise_sized: Callable[[list[int], list[int]], list[list[int]]], max_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """Finds for each case the largest size in 0..highest that fits, all cases in step.
+
+    Returns:
+        (size, token ids) of each case; (-1, []) where not even size 0 fits.
+    """
+    best: list[tuple[int, list[int]]] = [(-1, []) for _ in highest]
+    low, high = [0] * len(highest), list(highest)
+    while open_cases := [c for c in range(len(highest)) if low[c] <= high[c]]:
+        sizes = [(low[c] + high[c]) // 2 for c in open_cases]
+        for case, size, token_ids in zip(open_cases, sizes, tokenise_sized(open_cases, sizes), strict=True):
+            if len(token_ids) <= max_tokens:
+                best[case], low[case] = (size, token_ids), size + 1
+            else:
+                high[case] = size - 1
+    return best

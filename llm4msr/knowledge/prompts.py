@@ -1,0 +1,230 @@
+"""Every word that the language model reads: one template per level, for all kinds of data.
+
+Prompts quote what the training split says and nothing else; `llm4msr.knowledge.profiles` sees to that. Change
+`PROMPT_VERSION` with any change of wording or of what is quoted: it is part of the encoder's identity, so old vectors
+are not taken for new ones. The wording is our reconstruction; the paper's is not published.
+
+What tells one subject from another stands early and in few words, because a sentence encoder reads about 256 tokens
+and averages over all of them. Fitting a prompt to a model's limit is done in `llm4msr.knowledge.fitting`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+PROMPT_VERSION = 1
+
+Level = Literal["user", "scenario"]
+
+USER_TAIL = "Which interests does this show in each scenario, and which across scenarios?"
+SCENARIO_TAIL = "What do these scenarios share, and how does {name} differ?"
+
+# One prompt and what it is about. subject_row: user_row or scenario index. text: the uncut prompt. The columns after
+# num_events are its parts, from which it is cut to a model's limit.
+PROMPTS = pa.schema(
+    [
+        ("level", pa.string()),
+        ("subject_id", pa.string()),
+        ("subject_row", pa.int32()),
+        ("key", pa.string()),
+        ("text", pa.string()),
+        ("num_events", pa.int32()),
+        ("head", pa.string()),
+        ("sections", pa.list_(pa.string())),
+        ("events", pa.list_(pa.string())),
+        ("event_sections", pa.list_(pa.int32())),
+        ("tail", pa.string()),
+    ]
+)
+PARTS = ("level", "subject_id", "head", "sections", "events", "event_sections", "tail")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in parts, so that it can be made shorter without losing its instruction.
+
+    Attributes:
+        level: What it is about: a user or a scenario.
+        subject_id: Raw user id as text, or the scenario's name.
+        head: Who or what it is about.
+        events: What is quoted, the one to keep longest first: rank by rank over the sections.
+        tail: The instruction.
+        sections: Lines between head and tail, in order of appearance; each lists its events.
+        event_sections: For each event the section that lists it.
+    """
+
+    level: Level
+    subject_id: str
+    head: str
+    events: tuple[str, ...]
+    tail: str
+    sections: tuple[str, ...] = ()
+    event_sections: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks that every event has a section."""
+        assert len(self.events) == len(self.event_sections), (self.events, self.event_sections)
+
+    def text(self, num_events: int | None = None, body_characters: int | None = None) -> str:
+        """Returns the prompt as the model reads it.
+
+        Args:
+            num_events: Quote the first so many events only; None for all.
+            body_characters: Keep so many characters of what stands before the instruction; None for all.
+        """
+        listed: list[list[str]] = [[] for _ in self.sections]
+        for section, event in list(zip(self.event_sections, self.events, strict=True))[:num_events]:
+            listed[section].append(event)
+        lines = [self.head] if self.head else []
+        for section, events in zip(self.sections, listed, strict=True):
+            lines.append(f"{section}: {'; '.join(events)}" if events else section)
+        body = "\n".join(lines)[:body_characters]
+        return f"{body}\n{self.tail}" if body else self.tail
+
+    def content(self) -> str:
+        """Returns all that decides the vector, cut or uncut, as one line of JSON."""
+        parts = [self.head, self.sections, self.events, self.event_sections, self.tail]
+        return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Liked:
+    """What a user liked in one scenario.
+
+    Attributes:
+        scenario: The scenario's name.
+        num_rows: Liked training rows.
+        num_untitled: How many of them are items without text.
+        events: Item texts, most recent first, repeats merged.
+    """
+
+    scenario: str
+    num_rows: int
+    num_untitled: int
+    events: tuple[str, ...]
+
+
+def user_prompt(subject_id: str, user_text: str, liked: Sequence[Liked]) -> Prompt:
+    """Returns the user-level prompt.
+
+    Args:
+        subject_id: Raw user id as text; not quoted.
+        user_text: What is known of the user, such as "24 years old, male, technician"; may be empty.
+        liked: Scenarios in which the user liked something, in the order of the schema.
+    """
+    sections = []
+    for part in liked:
+        untitled = f", {part.num_untitled} untitled" if part.num_untitled else ""
+        sections.append(f"Liked in {part.scenario} ({part.num_rows}{untitled})")
+    events, event_sections = _by_rank([part.events for part in liked])
+    head = f"User: {user_text.rstrip('.')}." if user_text else ""
+    return Prompt("user", subject_id, head, events, USER_TAIL, tuple(sections), event_sections)
+
+
+@dataclass(frozen=True)
+class ScenarioFacts:
+    """What the training rows say about one scenario.
+
+    Attributes:
+        name: As in the schema.
+        description: As in the schema.
+        num_rows: Interactions.
+        num_positive: Interactions with label 1.
+        num_users: Users with at least one interaction.
+        num_items: Items with at least one interaction.
+        shared_users: For each scenario of the schema, users that interacted in both.
+        most_liked: Texts of the items with most positives, most liked first.
+    """
+
+    name: str
+    description: str
+    num_rows: int
+    num_positive: int
+    num_users: int
+    num_items: int
+    shared_users: tuple[int, ...]
+    most_liked: tuple[str, ...]
+
+
+def scenario_prompt(index: int, facts: Sequence[ScenarioFacts]) -> Prompt:
+    """Returns the scenario-level prompt of ``facts[index]``: its own facts first, then what the others are like."""
+    own = facts[index]
+    lines = [f"Scenario {own.name}: {own.description.rstrip('.')}. {_statistics(own)}."]
+    for other_index, other in enumerate(facts):
+        if other_index != index:
+            shared = f"{_percent(own.shared_users[other_index], own.num_users)} of {own.name}'s users are here too"
+            lines.append(
+                f"Other scenario {other.name}: {other.description.rstrip('.')}. {_statistics(other)}; {shared}."
+            )
+    order = [index, *(i for i in range(len(facts)) if i != index)]
+    events, event_sections = _by_rank([facts[i].most_liked for i in order])
+    return Prompt(
+        level="scenario",
+        subject_id=own.name,
+        head="\n".join(lines),
+        events=events,
+        tail=SCENARIO_TAIL.format(name=own.name),
+        sections=tuple(f"Most liked in {facts[i].name}" for i in order),
+        event_sections=event_sections,
+    )
+
+
+def prompts_table(prompts: Sequence[Prompt], rows: Sequence[int], keys: Sequence[str]) -> pa.Table:
+    """Returns prompts as a table of schema `PROMPTS`.
+
+    Args:
+        prompts: The prompts.
+        rows: user_row or scenario index of each.
+        keys: Key in the knowledge store of each.
+    """
+    columns: dict[str, list[Any]] = {name: [getattr(p, name) for p in prompts] for name in PARTS}
+    columns |= {
+        "subject_row": list(rows),
+        "key": list(keys),
+        "text": [p.text() for p in prompts],
+        "num_events": [len(p.events) for p in prompts],
+    }
+    return pa.table(columns, schema=PROMPTS)
+
+
+def prompts_from_table(table: pa.Table) -> list[Prompt]:
+    """Rebuilds the prompts of a table that has the columns `PARTS`."""
+    return [
+        Prompt(
+            row["level"],
+            row["subject_id"],
+            row["head"],
+            tuple(row["events"]),
+            row["tail"],
+            tuple(row["sections"]),
+            tuple(row["event_sections"]),
+        )
+        for row in table.select(PARTS).to_pylist()
+    ]
+
+
+def _by_rank(lists: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Merges lists rank by rank, so that dropping from the end takes the last of each list in turn."""
+    ranked = [
+        (texts[rank], section)
+        for rank in range(max(map(len, lists), default=0))
+        for section, texts in enumerate(lists)
+        if rank < len(texts)
+    ]
+    return tuple(text for text, _ in ranked), tuple(section for _, section in ranked)
+
+
+def _statistics(facts: ScenarioFacts) -> str:
+    return (
+        f"{facts.num_rows} interactions, {_percent(facts.num_positive, facts.num_rows)} positive, "
+        f"{facts.num_users} users, {facts.num_items} items"
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "0.0%"

@@ -1,0 +1,154 @@
+"""What the API takes and returns.
+
+Types are strict: "5" is a text id, 5 is a whole number, and neither is taken for the other, because a data set has
+one kind of id and a silent conversion would look up the wrong row or none. Unknown fields are refused. What only a
+loaded model can tell (its scenarios, its kind of ids, its context features) is checked by the ranker.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class OneMessage:
+    """Annotation of a union: one error in plain words instead of one per member.
+
+    Args:
+        kind: Error type in the response.
+        message: What would be valid.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
+        self.message = message
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Wraps the union's own schema."""
+        return core_schema.custom_error_schema(
+            handler(source), custom_error_type=self.kind, custom_error_message=self.message
+        )
+
+
+Key = Annotated[int | str, OneMessage("id_type", "an id is a whole number or text")]
+ContextValue = Annotated[int | float | str, OneMessage("context_type", "a context value is a number or text")]
+
+
+class Closed(BaseModel):
+    """Base of every body: no unknown fields, no conversions; names may start with ``model_``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class RankBody(Closed):
+    """One user, one scenario, the candidates to rank."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"user": 1042, "scenario": "search", "items": [7001, 7002, 7003], "top_k": 2},
+                {"user": "AE2F4", "scenario": "books", "items": ["B00A", "B00B"], "context": {"device": "phone"}},
+            ]
+        }
+    )
+
+    user: Key
+    """Raw user id, of the type of the data. An unknown user is scored, with user_known false."""
+    scenario: str
+    """Name of a scenario of the model: see GET /v1/model."""
+    items: Annotated[list[Key], Field(min_length=1)]
+    """Raw item ids of the candidates. An unknown item is scored, with known false."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Number of results, the best first; all when left out."""
+    context: dict[str, ContextValue] | None = None
+    """Values of context features by name, the same for all candidates; those left out count as unseen."""
+
+
+class RankedItemReply(Closed):
+    """One candidate."""
+
+    item: int | str
+    """Raw id, as asked."""
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    """Probability of a positive label."""
+    known: bool
+    """Whether the item is in the model's item table."""
+
+
+class RankReply(Closed):
+    """The ranking."""
+
+    model_version: str
+    """The run that made the model."""
+    scenario: str
+    """As asked."""
+    user: int | str
+    """As asked."""
+    user_known: bool
+    """Whether the user is in the model's user table."""
+    knowledge_known: bool
+    """Whether the language model's knowledge of this user was used."""
+    results: list[RankedItemReply]
+    """Highest score first; ties keep the order of the request."""
+    model_ms: float
+    """Milliseconds from raw ids to sorted scores, without HTTP."""
+
+
+class ScenarioReply(Closed):
+    """One scenario of the model."""
+
+    name: str
+    """As in requests."""
+    description: str
+    """As in the prompts."""
+
+
+class FeatureReply(Closed):
+    """One input of the model."""
+
+    name: str
+    """Column name. Context features are named so in requests."""
+    kind: Literal["categorical", "numeric", "sequence"]
+    """categorical, numeric or sequence."""
+    source: Literal["user", "item", "context"]
+    """Looked up by the user's id, by the item's id, or given with the request."""
+
+
+class ModelReply(Closed):
+    """What is served."""
+
+    model_version: str
+    """The run that made the model."""
+    backbone: str
+    """Name of the backbone."""
+    knowledge: str
+    """none: the backbone alone; llm: with knowledge; shuffled: with other users' knowledge (a control)."""
+    scenarios: list[ScenarioReply]
+    """In the order of their index."""
+    features: list[FeatureReply]
+    """In the order of the model's input."""
+    user_key_type: Literal["int64", "string"]
+    """Type of user ids."""
+    item_key_type: Literal["int64", "string"]
+    """Type of item ids."""
+    num_users: int
+    """Users in the model's table."""
+    num_items: int
+    """Items in the model's table."""
+    max_candidates: int
+    """Most candidates that one request may hold."""
+    training: dict[str, Any]
+    """How the model was trained: AUC on the validation split, digest of the prepared data, seed, and so on."""
+    example: RankBody
+    """A request that this model knows the user and the items of."""
+
+
+class HealthReply(Closed):
+    """The replica answers."""
+
+    status: Literal["ok"] = "ok"
+    """Always ok: a replica that cannot answer does not."""
+    model_version: str
+    """The run that made the model."""

@@ -1,0 +1,257 @@
+"""prepare end to end: real files in, real Ray, exact rows out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+from tiny_adapter import HEADER, TinyAdapter, UnreadableAdapter, config_of, rows_of, run, write
+
+from llm4msr import storage, workspace
+from llm4msr.config import config_from_dict
+from llm4msr.data.pipeline import prepare
+from llm4msr.data.prepared import PreparedData
+from llm4msr.data.source import DataError
+from llm4msr.schema import SPLITS, Feature
+
+# Two users in two scenarios. "u2" has a row twice (merged); "u3" only has a feature row; "u2" has none.
+HAND_MADE = (
+    HEADER
+    + "u1,10,home,1,1000,0,phone,1\n"
+    + "u1,20,home,0,1000,1,phone,3\n"
+    + "u2,10,search,1,1500,0,tv,5\n"
+    + "u2,10,search,1,1500,0,tv,5\n"
+    + "u2,30,search,0,3000,0,watch,7\n"
+    + "u1,10,search,0,2000,0,,\n"
+    + "u2,20,home,1,3999,1,phone,1\n"
+    + "u1,30,home,1,4000,0,phone,1\n"
+)
+HAND_MADE_USERS = "key,city,text\nu3,Oslo,third\nu1,Rome,first\n"
+MOMENTS = {
+    "kind": "time",
+    "valid_from": "1970-01-01T00:00:02",
+    "test_from": "1970-01-01T00:00:03",
+    "test_until": "1970-01-01T00:00:04",
+}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestPrepare:
+    def test_hand_made_data(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        write(tmp_path, "users.csv", HAND_MADE_USERS)
+        data = run(tmp_path, split=MOMENTS, num_buckets=2)
+
+        # Train is the first three rows: phone twice, tv once; prices 1, 3, 5.
+        std = (8 / 3) ** 0.5
+        assert data.schema.features == (
+            Feature("user_id", "categorical", "user", num_embeddings=4),
+            Feature("city", "categorical", "user", num_embeddings=3),
+            Feature("item_id", "categorical", "item", num_embeddings=4),
+            Feature("device", "categorical", "context", num_embeddings=4),
+            Feature("price", "numeric", "context", mean=3.0, std=pytest.approx(std)),
+        )
+        assert data.vocabulary("device").to_pylist() == ["phone", "tv"]
+        assert data.vocabulary("city").to_pylist() == ["Rome"]
+        assert data.vocabulary("item_id").to_pylist() == [10, 20]
+        assert data.vocabulary("user_id").to_pylist() == ["u1", "u2"]
+        assert data.users().to_pylist() == [
+            {"key": "u1", "text": "first", "num_train_rows": 2, "user_id": 2, "city": 2},
+            {"key": "u2", "text": "", "num_train_rows": 1, "user_id": 3, "city": 1},
+            {"key": "u3", "text": "third", "num_train_rows": 0, "user_id": 1, "city": 1},
+        ]
+        assert data.items().to_pylist() == [
+            {"key": 10, "text": "", "num_train_rows": 2, "item_id": 2},
+            {"key": 20, "text": "", "num_train_rows": 1, "item_id": 3},
+            {"key": 30, "text": "", "num_train_rows": 0, "item_id": 1},
+        ]
+        assert rows_of(data, "timestamp_ms", "position", "device", "price") == [
+            ("test", "u2", 20, 0, 1, 3999, 2, 2, pytest.approx(-2 / std)),
+            ("test", "u2", 30, 1, 0, 3000, 1, 1, pytest.approx(4 / std)),
+            ("train", "u1", 10, 0, 1, 1000, 0, 2, pytest.approx(-2 / std)),
+            ("train", "u1", 20, 0, 0, 1000, 1, 2, 0.0),
+            ("train", "u2", 10, 1, 1, 1500, 0, 3, pytest.approx(2 / std)),
+            ("valid", "u1", 10, 1, 0, 2000, 2, 1, 0.0),
+        ]
+        assert sorted(row[-1] for row in rows_of(data, "row_id")) == list(range(6))
+
+        block = data.manifest["data"]
+        assert (block["raw_rows"], block["merged_rows"], block["after_test_until"]) == (8, 1, 1)
+        assert (block["num_users"], block["num_items"]) == (3, 3)
+        assert block["split"]["valid_from_ms"] == 2000
+        assert {"split": "train", "scenario": "home", "num_rows": 2, "num_positives": 1} in block["rows"]
+        assert (data.num_rows("train"), data.num_rows("train", "search"), data.num_rows("valid", "home")) == (3, 1, 0)
+        assert {"split": "test", "scenario": "search", "user_share": 0.0, "item_share": 1.0} in block["unseen"]
+        assert {"split": "test", "scenario": "all", "user_share": 0.0, "item_share": 0.5} in block["unseen"]
+        assert {"split": "valid", "scenario": "home", "user_share": None, "item_share": None} in block["unseen"]
+        assert block["label_share"] == {"home": 2 / 3, "search": 1 / 3, "all": 0.5}
+        assert data.manifest["scenarios"] == ["home", "search"]
+
+    def test_values_seen_less_than_min_count_share_index_1(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        data = run(tmp_path, split=MOMENTS, min_count=2)
+        assert data.vocabulary("device").to_pylist() == ["phone"]
+        assert data.vocabulary("item_id").to_pylist() == [10]
+        assert data.items()["item_id"].to_pylist() == [2, 1, 1]
+
+    def test_a_finished_directory_is_kept_and_another_input_gets_another(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        config = config_of(tmp_path, split=MOMENTS)
+        adapter = TinyAdapter(str(tmp_path / "raw"))
+        uri = prepare(config, adapter)
+        manifest = Path(uri, "manifest.json")
+        before = manifest.read_bytes()
+        os.remove(workspace.prepared_pointer_uri(config))
+        assert prepare(config, adapter) == uri
+        assert manifest.read_bytes() == before
+        assert workspace.prepared_uri(config) == uri
+
+        # Without its manifest the directory is unfinished: what lies there is not trusted.
+        manifest.unlink()
+        Path(uri, "train", "bucket-00099.parquet").write_bytes(b"half")
+        with pytest.raises(storage.StorageError, match="unfinished"):
+            PreparedData.open(uri)
+        assert prepare(config, adapter) == uri
+        assert not Path(uri, "train", "bucket-00099.parquet").exists()
+
+        write(tmp_path, "part-1.csv", HEADER + "u9,10,home,1,1000,0,phone,1\n")
+        other = prepare(config, adapter)
+        assert other != uri
+        assert workspace.prepared_uri(config) == other
+        assert PreparedData.open(other).num_rows("train") == 4
+
+    def test_damaged_rows_are_kept_beside_the_data_and_fail_above_the_limit(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE.replace("u2,20,home,1", "u2,20,home,maybe"))
+        data = run(tmp_path, split=MOMENTS, max_rejected_fraction=0.125)
+        assert data.manifest["data"]["rejected"] == [{"role": "events", "reason": "label is not 0 or 1", "num_rows": 1}]
+        assert data.manifest["data"]["raw_rows"] == 8
+        rejects = storage.read_parquet(storage.join(data.uri, "rejects.parquet")).to_pylist()
+        assert [(row["line"], row["detail"]) for row in rejects] == [(8, "maybe")]
+
+        config = config_of(tmp_path, split=MOMENTS, max_rejected_fraction=0.12)
+        with pytest.raises(DataError) as caught:
+            prepare(config, TinyAdapter(str(tmp_path / "raw")))
+        message = str(caught.value)
+        assert "events: 1 of 8 rows (12.50%) are damaged; data.max_rejected_fraction allows 12.00%" in message
+        assert f"{tmp_path}/raw/part-0.csv:8 label is not 0 or 1 maybe" in message
+        kept = message.rsplit(" ", 1)[-1]
+        assert storage.read_parquet(kept).num_rows == 1
+        assert not storage.exists(kept.removesuffix(".rejects.parquet"))
+        with pytest.raises(storage.StorageError, match=r"run jobs\.prepare"):
+            workspace.prepared_uri(config)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("u1,10,search,0,2000", "u1,10,search,0,1999", "the valid split has no rows"),
+            (
+                "u2,10,search,1,1500",
+                "u2,10,search,1,2500",
+                r"scenario 'search' has no train rows.*valid: home 0, search 2",
+            ),
+            ("u1,10,search,0,2000", "u1,10,search,0,", r"1 rows have none, such as user 'u1', item 10"),
+        ],
+    )
+    def test_data_that_cannot_be_trained_on_is_refused(self, tmp_path, old, new, message):
+        write(tmp_path, "part-0.csv", HAND_MADE.replace(old, new))
+        with pytest.raises(DataError, match=message):
+            run(tmp_path, split=MOMENTS)
+
+    def test_a_worker_that_cannot_read_its_task_is_an_error_not_a_hang(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        with pytest.raises(RuntimeError, match=r"do all nodes run the same code.*not on this node"):
+            prepare(config_of(tmp_path, split=MOMENTS), UnreadableAdapter(str(tmp_path / "raw")))
+
+    def test_an_entity_that_stands_twice_is_refused(self, tmp_path):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        write(tmp_path, "users.csv", HAND_MADE_USERS + "u3,Rome,again\n")
+        with pytest.raises(DataError, match="the users' files hold user 'u3' more than once"):
+            run(tmp_path, split=MOMENTS)
+
+
+MOTO_RUN = """
+import json, sys, ray
+from llm4msr import storage, workspace
+from llm4msr.config import config_from_dict
+from llm4msr.data.pipeline import prepare
+from llm4msr.data.prepared import PreparedData
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+         object_store_memory=150 * 2**20, _temp_dir=sys.argv[1])
+config = config_from_dict(json.loads(sys.argv[2]))
+uri = prepare(config)
+assert workspace.prepared_uri(config) == uri == prepare(config)
+data = PreparedData.open(uri)
+rows = [row for split in ("train", "valid", "test") for file, _ in data.files(split)
+        for row in storage.read_parquet(file).to_pylist()]
+print(json.dumps({"uri": uri, "rows": rows, "users": data.users()["key"].to_pylist(),
+                  "objects": [name.removeprefix(uri) for name, _ in storage.list_files(config.workspace_uri)]}))
+"""
+
+
+def test_object_store_to_object_store(tmp_path, monkeypatch):
+    """Raw files and workspace in S3. A process of its own: workers read the endpoint when Ray starts them."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        fs, _ = storage.filesystem("s3://shop")
+        fs.mkdir("shop")
+        lines = "".join(f"u{n % 4},{n % 7},home,{n}\n" for n in range(40))
+        with storage.atomic_write("s3://shop/raw/interactions.csv") as file:
+            file.write(("user_id,item_id,scenario,time\n" + lines).encode())
+        data = {
+            "kind": "table",
+            "raw_uri": "s3://shop/raw",
+            "num_buckets": 2,
+            "negatives_per_positive": 1,
+            "table": {"timestamp_column": "time"},
+        }
+        config = {"workspace_uri": "s3://shop/ws", "data": data}
+        with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_directory:
+            done = subprocess.run(
+                [sys.executable, "-c", MOTO_RUN, ray_directory, json.dumps(config)],
+                capture_output=True,
+                text=True,
+                cwd=Path(__file__).resolve().parents[2],
+                timeout=120,
+            )
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.stop()
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["uri"].startswith("s3://shop/ws/prepared/")
+    assert sum(row["label"] for row in found["rows"]) == 40
+    assert sorted(row["row_id"] for row in found["rows"]) == list(range(len(found["rows"])))
+    # 40 rows in order of time: valid from row 32, test from row 36.
+    assert Counter(row["timestamp_ms"] for row in found["rows"] if row["label"] == 1) == {
+        n * 1000: 1 for n in range(40)
+    }
+    assert not [name for name in found["objects"] if "staging" in name]
+    assert "/manifest.json" in found["objects"] and "/vocab/" not in "".join(found["objects"])
+
+
+@pytest.mark.shared
+@pytest.mark.usefixtures("ray_cluster")
+def test_movielens_100k(shared, tmp_path):
+    data = {"kind": "movielens", "raw_uri": str(shared / "data" / "ml-100k")}
+    prepared = PreparedData.open(prepare(config_from_dict({"workspace_uri": str(tmp_path), "data": data})))
+    assert sum(prepared.num_rows(split) for split in SPLITS) == 100_000
+    assert (prepared.users().num_rows, prepared.items().num_rows) == (943, 1682)
+    assert prepared.num_rows("valid") == pytest.approx(10_000, abs=20)
+    assert prepared.num_rows("test") == pytest.approx(10_000, abs=20)
+    # The label is a rating of 4 or 5: 34174 + 21201 of them, as u.data has.
+    assert prepared.manifest["data"]["label_share"]["all"] == 0.55375

@@ -1,0 +1,167 @@
+"""Training runs under Ray Train: in process, one and two workers; what they leave; what stops them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_config, tiny_knowledge, tiny_prepared
+
+from llm4msr import storage
+from llm4msr.ranker import Ranker
+from llm4msr.training.evaluate import evaluate_checkpoint, evaluate_item_mean
+from llm4msr.training.loop import TrainingError, TrainTask, load_knowledge
+from llm4msr.training.run import train
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("train")
+    tiny_prepared(str(root / "prepared"), num_rows=12_000)
+    tiny_knowledge().save(str(root / "knowledge"))
+    return root
+
+
+def make_task(root, name, knowledge="llm", seed=0, **tree):
+    tree = {"train": {"max_epochs": 6, "batch_size": 128, "learning_rate": 0.02}} | tree
+    uri = None if knowledge == "none" else str(root / "knowledge")
+    return TrainTask(tiny_config(**tree), str(root / "prepared"), uri, knowledge, seed, str(root / name), name)
+
+
+def test_any_number_of_workers_reaches_the_same_quality(places, ray_cluster):
+    test_auc = {}
+    for num_workers in (0, 1, 2):
+        settings = {"max_epochs": 6, "batch_size": 128, "learning_rate": 0.02, "num_workers": num_workers}
+        task = make_task(places, f"workers{num_workers}", train=settings)
+        metadata = train(task)
+        assert metadata["num_workers"] == max(num_workers, 1)
+        rows = evaluate_checkpoint(task.checkpoint_uri, task.prepared_uri)
+        test_auc[num_workers] = next(r["auc"] for r in rows if (r["split"], r["scenario"]) == ("test", "all"))
+    assert test_auc[0] == pytest.approx(test_auc[1], abs=1e-6)  # the same steps in the same order
+    assert test_auc[2] == pytest.approx(test_auc[0], abs=0.015)
+    assert min(test_auc.values()) > 0.75
+
+
+def test_a_finished_run_is_not_trained_again(places, ray_cluster):
+    task = make_task(places, "once", "none")
+    first = train(task)
+    before = storage.fingerprint(storage.join(task.checkpoint_uri, "model.safetensors"))
+    assert train(task) == json.loads(json.dumps(first))
+    assert storage.fingerprint(storage.join(task.checkpoint_uri, "model.safetensors")) == before
+
+
+def test_same_seed_same_model_and_other_seed_another(places, ray_cluster):
+    scores = []
+    rows = None
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        task = make_task(places, f"seed-{name}", seed=seed, train={"max_epochs": 1})
+        train(task)
+        ranker = Ranker.from_checkpoint(task.checkpoint_uri)
+        rows = rows or next(iter_test_rows(task.prepared_uri))
+        scores.append(ranker.score(rows))
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert np.abs(scores[0] - scores[2]).max() > 1e-3
+
+
+def iter_test_rows(prepared_uri):
+    from llm4msr.data.prepared import PreparedData
+    from llm4msr.training.reader import list_row_groups, read_row_group
+
+    yield read_row_group(list_row_groups(PreparedData.open(prepared_uri).files("test"))[0])
+
+
+def test_best_epoch_is_what_the_checkpoint_holds(places, ray_cluster):
+    """With a learning rate far too high the last epoch is not the best; valid AUC of the file is the best one's."""
+    task = make_task(places, "best", train={"max_epochs": 5, "patience": 5, "learning_rate": 0.15, "batch_size": 128})
+    metadata = train(task)
+    history = [h["valid_auc"] for h in metadata["history"]]
+    assert metadata["valid_auc"] == max(history)
+    assert metadata["best_epoch"] == history.index(max(history)) < len(history) - 1
+    exact = [r["auc"] for r in evaluate_checkpoint(task.checkpoint_uri, task.prepared_uri) if r["split"] == "valid"][1:]
+    assert np.mean(exact) == pytest.approx(max(history), abs=1e-3)
+
+
+def test_early_stop(places, ray_cluster):
+    task = make_task(places, "stop", train={"max_epochs": 30, "patience": 2, "learning_rate": 0.1, "batch_size": 128})
+    metadata = train(task)
+    assert len(metadata["history"]) == metadata["best_epoch"] + 3 < 30
+
+
+def test_tensorboard_scalars(places, ray_cluster):
+    task = make_task(places, "scalars", train={"max_epochs": 2, "log_every_steps": 20, "batch_size": 128})
+    train(task)
+    events = EventAccumulator(str(places / "scalars" / "tensorboard"))
+    events.Reload()
+    assert {
+        "train/loss",
+        "train/rows_per_s",
+        "train/data_wait_fraction",
+        "epoch/loss",
+        "epoch/rows_per_s",
+        "epoch/data_wait_s",
+        "valid/auc_mean",
+        "valid/auc_rec",
+        "valid/auc_search",
+    } == set(events.Tags()["scalars"])
+    assert len(events.Scalars("valid/auc_rec")) == 2
+    assert all(0 < e.value < 1 for e in events.Scalars("valid/auc_rec"))
+
+
+def test_shuffled_knowledge_gives_every_user_another_vector(places):
+    task = make_task(places, "unused", "shuffled")
+    true, control = tiny_knowledge(), load_knowledge(task)
+    known = true.user_index_N > 0
+    np.testing.assert_array_equal(control.user_index_N > 0, known)
+    assert (control.user_index_N[known] != true.user_index_N[known]).all()
+    assert sorted(control.user_index_N[known]) == sorted(true.user_index_N[known])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(places, ray_cluster):
+    task = make_task(places, "nan", "none", train={"learning_rate": 1e30, "log_every_steps": 1})
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at epoch 0, step \d+; lower train.learning_rate"):
+        train(task)
+    assert not storage.exists(task.checkpoint_uri)
+
+
+def test_item_mean_by_hand(places):
+    """(positives + 10 * scenario mean) / (rows + 10), recomputed from the files with a plain loop."""
+    from llm4msr.data.prepared import PreparedData
+
+    prepared = PreparedData.open(str(places / "prepared"))
+    train_rows = [r for uri, _ in prepared.files("train") for r in storage.read_parquet(uri).to_pylist()]
+    test_rows = [r for uri, _ in prepared.files("test") for r in storage.read_parquet(uri).to_pylist()]
+    mean = {s: np.mean([r["label"] for r in train_rows if r["scenario"] == s]) for s in (0, 1)}
+    by_item = {}
+    for r in train_rows:
+        n, p = by_item.get(r["item_row"], (0, 0))
+        by_item[r["item_row"]] = (n + 1, p + r["label"])
+    score = [
+        (by_item.get(r["item_row"], (0, 0))[1] + 10 * mean[r["scenario"]])
+        / (by_item.get(r["item_row"], (0, 0))[0] + 10)
+        for r in test_rows
+    ]
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    label = [r["label"] for r in test_rows]
+    row = next(r for r in evaluate_item_mean(prepared.uri) if (r["split"], r["scenario"]) == ("test", "all"))
+    assert row["backbone"] == "item_mean" and row["seed"] is None
+    assert row["auc"] == pytest.approx(roc_auc_score(label, score))
+    assert row["log_loss"] == pytest.approx(log_loss(label, score))
+
+
+def test_a_checkpoint_of_other_data_is_refused(places, ray_cluster, tmp_path):
+    task = make_task(places, "other", "none", train={"max_epochs": 1})
+    train(task)
+    tiny_prepared(str(tmp_path / "elsewhere"), num_rows=300)
+    with pytest.raises(storage.StorageError, match=r"was trained on prepared, not on .*elsewhere"):
+        evaluate_checkpoint(task.checkpoint_uri, str(tmp_path / "elsewhere"))
+
+
+def test_loop_needs_no_ray():
+    """The worker's loop is torch alone; only run.py knows Ray."""
+    code = "import sys, llm4msr.training.loop, llm4msr.ranker; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,185 @@
+"""Prompts and the profiles they are made of: what is quoted, in which order, and what is cut first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llm4msr.knowledge.fitting import fit
+from llm4msr.knowledge.profiles import ScenarioStats, clean_texts, scenario_facts, scenario_prompts, user_prompts
+from llm4msr.knowledge.prompts import USER_TAIL, Liked, prompts_from_table, prompts_table, user_prompt
+from llm4msr.knowledge.store import prompt_keys
+from llm4msr.schema import Scenario
+
+SCENARIOS = (Scenario("search", "users type a query"), Scenario("feed", "an endless list"))
+ITEMS = clean_texts(pa.array(["tea", "coffee", "", "pan", None, "tea"]))  # item rows 1 to 6
+USERS = clean_texts(pa.array(["24 years old, male, technician", "", None]))
+KEYS = pa.array([501, 502, 503])
+
+
+def rows(*records: tuple) -> pa.Table:
+    """Rows of (user_row, item_row, scenario, label, timestamp_ms, position)."""
+    names = ("user_row", "item_row", "scenario", "label", "timestamp_ms", "position")
+    types = (pa.int32(), pa.int32(), pa.int32(), pa.int8(), pa.int64(), pa.int64())
+    columns = list(zip(*records, strict=True)) or [[]] * len(names)
+    return pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
+
+
+def prompts_of(table: pa.Table, max_events: int = 12) -> dict[int, str]:
+    return {row: p.text() for row, p in user_prompts(table, KEYS, USERS, ITEMS, SCENARIOS, max_events)}
+
+
+def test_user_prompt_lists_liked_items_most_recent_first_per_scenario():
+    table = rows(
+        (2, 4, 1, 1, 10, 0),
+        (1, 1, 0, 1, 100, 0),
+        (1, 2, 0, 1, 300, 2),
+        (1, 6, 0, 1, 200, 1),  # another item with the text "tea"
+        (1, 3, 0, 1, 250, 3),  # no text
+        (1, 4, 1, 1, 50, 4),
+        (1, 2, 1, 0, 60, 5),  # disliked
+        (3, 2, 1, 0, 60, 5),  # nothing liked at all
+    )
+    assert prompts_of(table) == {
+        1: "User: 24 years old, male, technician.\n"
+        "Liked in search (4, 1 untitled): coffee; tea (x2)\n"
+        f"Liked in feed (1): pan\n{USER_TAIL}",
+        2: f"Liked in feed (1): pan\n{USER_TAIL}",
+    }
+
+
+def test_user_prompt_ids_are_the_raw_keys():
+    (row, prompt), *_ = user_prompts(rows((3, 1, 0, 1, 1, 0)), KEYS, USERS, ITEMS, SCENARIOS, 12)
+    assert (row, prompt.level, prompt.subject_id) == (3, "user", "503")
+    assert "503" not in prompt.text()
+
+
+def test_a_merged_text_stands_where_the_most_recent_one_was():
+    table = rows((1, 1, 0, 1, 400, 3), (1, 2, 0, 1, 300, 2), (1, 1, 0, 1, 200, 1), (1, 4, 0, 1, 100, 0))
+    assert "(4): tea (x2); coffee; pan\n" in prompts_of(table)[1]
+    assert "(4): tea (x2); coffee\n" in prompts_of(table, max_events=2)[1]
+
+
+def test_equal_and_absent_times_are_ordered_by_position():
+    for time in (7, None):
+        table = rows((2, 1, 0, 1, time, 1), (2, 2, 0, 1, time, 2), (2, 4, 0, 1, time, 0))
+        assert prompts_of(table)[2].startswith("Liked in search (3): coffee; tea; pan\n")
+
+
+def test_items_without_text_are_counted_not_quoted():
+    table = rows((2, 3, 1, 1, 1, 0), (2, 5, 1, 1, 2, 1))
+    assert prompts_of(table)[2] == f"Liked in feed (2, 2 untitled)\n{USER_TAIL}"
+
+
+def test_no_liked_row_no_prompt():
+    assert prompts_of(rows((1, 1, 0, 0, 1, 0))) == {}
+    assert prompts_of(rows()) == {}
+    assert prompts_of(rows((0, 1, 0, 1, 1, 0))) == {}  # user row 0 is nobody
+
+
+def test_the_order_of_rows_in_the_file_does_not_matter():
+    generator = np.random.default_rng(0)
+    records = [
+        (int(u), int(i), int(s), int(label), t, t)
+        for t, (u, i, s, label) in enumerate(generator.integers([1, 1, 0, 0], [4, 7, 2, 2], (60, 4)))
+    ]
+    expected = prompts_of(rows(*records))
+    assert len(expected) == 3
+    assert prompts_of(rows(*[records[i] for i in generator.permutation(60)])) == expected
+
+
+def test_texts_are_cleaned_before_they_are_compared():
+    texts = clean_texts(
+        pa.array(["a <b>big</b>\n  pan; red", "x" * 200, "a big pan red", "<|im_end|>", " </s>hi ", "1 < 2"])
+    )
+    assert [texts.at(row) for row in range(7)] == ["", "a big pan red", "x" * 80, "a big pan red", "", "hi", "1 < 2"]
+    assert texts.codes.tolist() == [-1, 0, 1, 0, -1, 2, 3]
+
+
+def test_statistics_add_up_over_buckets():
+    first = rows((1, 1, 0, 1, 1, 0), (1, 4, 1, 0, 2, 1), (2, 1, 0, 1, 3, 0))
+    second = rows((3, 1, 0, 0, 1, 0), (3, 2, 1, 1, 2, 1), (3, 4, 1, 1, 3, 2), (3, 4, 1, 1, 4, 3))
+    both = ScenarioStats.merge([ScenarioStats.count(first, 2), ScenarioStats.count(second, 2)])
+    whole = ScenarioStats.count(pa.concat_tables([first, second]), 2)
+    for name in ("num_rows_S", "num_positive_S", "num_users_SS", "pairs_P", "pair_positive_P"):
+        np.testing.assert_array_equal(getattr(both, name), getattr(whole, name))
+    assert both.num_rows_S.tolist() == [3, 4]
+    assert both.num_positive_S.tolist() == [2, 3]
+    assert both.num_users_SS.tolist() == [[3, 2], [2, 2]]
+    facts = scenario_facts(both, ITEMS, SCENARIOS)
+    assert [(f.num_users, f.num_items, f.most_liked) for f in facts] == [(3, 1, ("tea",)), (2, 2, ("pan", "coffee"))]
+
+
+def test_scenario_prompt_says_what_is_shared_and_what_differs():
+    table = rows((1, 1, 0, 1, 1, 0), (1, 4, 1, 0, 2, 1), (2, 1, 0, 1, 3, 0), (2, 2, 0, 0, 4, 1), (3, 2, 1, 1, 1, 0))
+    search, feed = scenario_prompts(ScenarioStats.count(table, 2), ITEMS, SCENARIOS)
+    assert search.text() == (
+        "Scenario search: users type a query. 3 interactions, 66.7% positive, 2 users, 2 items.\n"
+        "Other scenario feed: an endless list. 2 interactions, 50.0% positive, 2 users, 2 items; "
+        "50.0% of search's users are here too.\n"
+        "Most liked in search: tea\n"
+        "Most liked in feed: coffee\n"
+        "What do these scenarios share, and how does search differ?"
+    )
+    assert (feed.level, feed.subject_id) == ("scenario", "feed")
+    assert feed.text().startswith("Scenario feed: an endless list. 2 interactions")
+
+
+def long_prompt():
+    return user_prompt("u", "old", [Liked("a", 4, 0, ("a1", "a2", "a3", "a4")), Liked("b", 2, 0, ("b1", "b2"))])
+
+
+def test_dropping_takes_the_oldest_of_each_scenario_in_turn():
+    prompt = long_prompt()
+    assert prompt.events == ("a1", "b1", "a2", "b2", "a3", "a4")
+    assert prompt.text(4) == f"User: old.\nLiked in a (4): a1; a2\nLiked in b (2): b1; b2\n{USER_TAIL}"
+    assert prompt.text(1) == f"User: old.\nLiked in a (4): a1\nLiked in b (2)\n{USER_TAIL}"
+    assert prompt.text(0, 5) == f"User:\n{USER_TAIL}"
+    assert prompt.text(0, 0) == USER_TAIL
+
+
+def words(texts: list[str]) -> list[list[int]]:
+    """A tokenizer for tests: a token per word, and one special token."""
+    return [[0] + [len(word) for word in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize("limit", range(13, 33))
+def test_fit_drops_as_few_events_as_needed(limit):
+    prompt = long_prompt()
+    (fitted,) = fit([prompt], words, limit)
+    kept = len(prompt.events) - fitted.num_dropped_events
+    assert len(fitted.token_ids) <= limit
+    assert fitted.token_ids[-12:] == words([USER_TAIL])[0][1:]
+    if fitted.num_cut_characters:
+        assert kept == 0 and len(words([prompt.text(0)])[0]) > limit
+    else:
+        assert fitted.token_ids == words([prompt.text(kept)])[0]
+        assert kept == 6 or len(words([prompt.text(kept + 1)])[0]) > limit
+
+
+def test_fit_cuts_the_head_only_when_no_event_is_left_and_gives_up_last():
+    prompt = long_prompt()
+    whole, headless, hopeless = (fit([prompt], words, limit)[0] for limit in (100, 13, 12))
+    assert (whole.num_dropped_events, whole.num_cut_characters) == (0, 0)
+    assert (headless.num_dropped_events, headless.token_ids) == (6, words([USER_TAIL])[0])
+    assert headless.num_cut_characters == len(prompt.text(0)) - len(USER_TAIL) - 1
+    assert hopeless.token_ids == []
+
+
+def test_fit_handles_prompts_of_one_batch_each_by_itself():
+    prompts = [long_prompt(), user_prompt("v", "", [Liked("a", 1, 0, ("a1",))]), long_prompt()]
+    together = fit(prompts, words, 20)
+    assert together == [fit([p], words, 20)[0] for p in prompts]
+    assert [f.num_dropped_events > 0 for f in together] == [True, False, True]
+
+
+def test_prompts_survive_their_table_and_keys_follow_content():
+    prompts = [long_prompt(), user_prompt("v", "", [])]
+    keys = prompt_keys("id1", prompts)
+    assert prompts_from_table(prompts_table(prompts, [1, 2], keys)) == prompts
+    assert len(set(keys)) == 2 and all(len(k) == 32 for k in keys)
+    assert prompt_keys("id1", prompts) == keys
+    assert not set(prompt_keys("id2", prompts)) & set(keys)
+    # Whose prompt it is does not matter: equal words are encoded once.
+    assert prompt_keys("id1", [user_prompt("w", "", [])]) == keys[1:]

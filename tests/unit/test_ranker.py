@@ -1,0 +1,207 @@
+"""The ranker: ids to rows, context to indices, and that a request scores as the same prepared rows do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny import tiny_checkpoint, tiny_knowledge, tiny_prepared
+
+from llm4msr import storage
+from llm4msr.ranker import KeyIndex, Ranker, RankRequest, RequestError
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return tiny_prepared(str(tmp_path_factory.mktemp("prepared")))
+
+
+@pytest.fixture(scope="module")
+def ranker(prepared, tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("run") / "checkpoint")
+    return Ranker.from_checkpoint(tiny_checkpoint(uri, prepared, tiny_knowledge()))
+
+
+@pytest.fixture(scope="module")
+def test_rows(prepared):
+    table = pa.concat_tables([storage.read_parquet(uri) for uri, _ in prepared.files("test")])
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def take(rows, places):
+    return {name: column[places] for name, column in rows.items()}
+
+
+class TestKeyIndex:
+    def test_finds_integers_and_gives_0_to_the_others(self):
+        index = KeyIndex(pa.array([-5, 3, 10, 2**53, 2**53 + 1, 2**63 - 1]), "int64")
+
+        rows = index([3, 2**53 + 1, 2**53, 4, -5, 2**63 - 1, -(2**63), 11], "items")
+
+        assert rows.tolist() == [2, 5, 4, 0, 1, 6, 0, 0]
+        assert rows.dtype == np.int32
+
+    def test_finds_text_and_gives_0_to_the_others(self):
+        index = KeyIndex(pa.array(["a", "b", "ü"]), "string")
+
+        assert index(["ü", "c", "a", "", "A"], "items").tolist() == [3, 0, 1, 0, 0]
+
+    def test_an_empty_table_knows_nobody(self):
+        assert KeyIndex(pa.array([], pa.int64()), "int64")([1, 2], "user").tolist() == [0, 0]
+        assert KeyIndex(pa.array([], pa.string()), "string")(["1"], "user").tolist() == [0]
+
+    @pytest.mark.parametrize("wrong", ["3", 3.0, True, None, 2**63, -(2**63) - 1])
+    def test_refuses_what_is_no_64_bit_integer(self, wrong):
+        with pytest.raises(RequestError, match=r"is not a 64-bit integer: .*, such as 3") as e:
+            KeyIndex(pa.array([3]), "int64")([3, wrong], "items")
+        assert e.value.field == "items"
+        assert str(e.value).startswith(repr(wrong))
+
+    @pytest.mark.parametrize("wrong", [3, 3.0, True, None])
+    def test_refuses_what_is_no_text(self, wrong):
+        with pytest.raises(RequestError, match="is not a text id: ids of this data are text, such as 'a'"):
+            KeyIndex(pa.array(["a"]), "string")(["a", wrong], "user")
+
+
+class TestScore:
+    def test_a_row_scores_alone_as_in_a_batch(self, ranker, test_rows):
+        together = ranker.score(test_rows)
+
+        alone = [ranker.score(take(test_rows, [i]))[0] for i in range(50)]
+
+        assert together.std() > 0.01
+        np.testing.assert_allclose(alone, together[:50], rtol=0, atol=TOLERANCE)
+
+    def test_a_request_scores_as_the_same_prepared_rows(self, ranker, prepared, test_rows):
+        """Ids and raw context values lead to what the prepared row says by rows and indices."""
+        expected = ranker.score(test_rows)
+        users, items = prepared.users()["key"].to_pylist(), prepared.items()["key"].to_pylist()
+        sources = dict(enumerate(prepared.vocabulary("search_source").to_pylist(), start=2))
+        for i in range(40):
+            row = {name: column[i].item() for name, column in test_rows.items()}
+            context = {"price": row["price"] * 2.0 + 5.0}
+            if row["search_source"] in sources:
+                context["search_source"] = sources[row["search_source"]]
+            answer = ranker.rank(
+                RankRequest(
+                    user=users[row["user_row"] - 1],
+                    scenario=("rec", "search")[row["scenario"]],
+                    items=[items[row["item_row"] - 1]],
+                    context=context,
+                )
+            )
+            assert answer.results[0].score == pytest.approx(expected[i], abs=TOLERANCE)
+
+    def test_every_input_changes_the_score(self, ranker):
+        """Without this the equalities above would hold for a model that ignores its inputs."""
+        base = {"user": 1000, "scenario": "rec", "items": [7000], "context": {"search_source": "box", "price": 5.0}}
+        changes = [
+            {"user": 1001},
+            {"scenario": "search"},
+            {"items": [7001]},
+            {"context": {"search_source": "suggestion", "price": 5.0}},
+            {"context": {"search_source": "box", "price": 9.0}},
+        ]
+        score = ranker.rank(RankRequest(**base)).results[0].score
+        for change in changes:
+            assert abs(ranker.rank(RankRequest(**{**base, **change})).results[0].score - score) > 1e-5, change
+
+
+class TestRank:
+    def ask(self, ranker, **changes):
+        return ranker.rank(RankRequest(**{"user": 1000, "scenario": "rec", "items": [7000, 7001, 7002], **changes}))
+
+    def test_sorts_by_score_and_names_the_model(self, ranker):
+        answer = self.ask(ranker, items=list(range(7000, 7029)))
+
+        scores = [r.score for r in answer.results]
+        assert scores == sorted(scores, reverse=True)
+        assert sorted(r.item for r in answer.results) == list(range(7000, 7029))
+        assert len(set(scores)) == 29
+        assert answer.model_version == "tiny-0"
+        assert answer.model_ms > 0
+
+    def test_the_order_of_the_candidates_does_not_matter(self, ranker):
+        items = list(range(7000, 7029))
+        shuffled = [int(k) for k in np.random.default_rng(3).permutation(items)]
+
+        one, other = self.ask(ranker, items=items), self.ask(ranker, items=shuffled)
+
+        assert one.results == other.results
+
+    def test_ties_keep_the_order_of_the_request(self, ranker):
+        """All unknown items score alike, wherever they stand, and so does an item that is asked for twice."""
+        unknown = [5, 9, 1, 7, 3]
+
+        answer = self.ask(ranker, items=[*unknown, 7000, 7000])
+
+        assert [r.item for r in answer.results if not r.known] == unknown
+        assert len({r.score for r in answer.results}) == 2
+
+    def test_top_k_keeps_the_best(self, ranker):
+        everything = self.ask(ranker)
+
+        assert self.ask(ranker, top_k=2).results == everything.results[:2]
+        assert self.ask(ranker, top_k=99).results == everything.results
+
+    def test_tells_known_from_unknown(self, ranker):
+        # Of the 40 users 1000 to 1039 the last five have no knowledge; 2**53 is not an item, 2**53 + 1 is.
+        answer = self.ask(ranker, items=[7000, 2**53, 2**53 + 1])
+        assert {r.item: r.known for r in answer.results} == {7000: True, 2**53: False, 2**53 + 1: True}
+        assert (answer.user_known, answer.knowledge_known) == (True, True)
+        known_without_knowledge = self.ask(ranker, user=1035)
+        assert (known_without_knowledge.user_known, known_without_knowledge.knowledge_known) == (True, False)
+        unknown = self.ask(ranker, user=1)
+        assert (unknown.user_known, unknown.knowledge_known) == (False, False)
+
+    def test_a_backbone_alone_uses_no_knowledge(self, prepared, tmp_path):
+        ranker = Ranker.from_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, None))
+
+        answer = self.ask(ranker)
+
+        assert (answer.user_known, answer.knowledge_known) == (True, False)
+
+    def test_text_ids(self, tmp_path):
+        prepared = tiny_prepared(str(tmp_path / "prepared"), user_key_type="string")
+        ranker = Ranker.from_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, tiny_knowledge()))
+
+        assert self.ask(ranker, user="u003").user_known
+        assert not self.ask(ranker, user="3").user_known
+        with pytest.raises(RequestError, match="3 is not a text id"):
+            self.ask(ranker, user=3)
+
+    def test_context_left_out_counts_as_unseen(self, ranker):
+        """An unseen category has index 1, a number that is not given is its mean."""
+        left_out = self.ask(ranker)
+        unseen = self.ask(ranker, context={"search_source": "never seen", "price": 5.0})
+
+        assert unseen.results == left_out.results
+
+    @pytest.mark.parametrize(
+        ("change", "field", "message"),
+        [
+            ({"scenario": "Rec"}, "scenario", "no scenario 'Rec'; valid: rec, search"),
+            ({"items": []}, "items", "no candidates: give at least one item"),
+            ({"top_k": 0}, "top_k", "0 results are not possible: give 1 or more, or leave it out"),
+            ({"user": "1000"}, "user", "'1000' is not a 64-bit integer"),
+            ({"items": [7000, "7001"]}, "items", "'7001' is not a 64-bit integer"),
+            ({"context": {"prise": 1.0}}, "context", "no context feature 'prise'; valid: price, search_source"),
+            ({"context": {"price": "5"}}, "context", "price is numeric, found '5'"),
+            ({"context": {"price": float("nan")}}, "context", "price is nan, more than 1e+06 standard deviations"),
+            ({"context": {"price": float("inf")}}, "context", "price is inf, more than"),
+            ({"context": {"price": -2_000_006}}, "context", "price is -2000006, more than"),
+            ({"context": {"price": 10**400}}, "context", "price is 1000"),
+        ],
+    )
+    def test_refuses_what_it_cannot_score(self, ranker, change, field, message):
+        with pytest.raises(RequestError) as error:
+            self.ask(ranker, **change)
+        assert error.value.field == field
+        assert message in str(error.value)
+
+    def test_scores_stay_finite_up_to_the_bound(self, ranker):
+        answer = self.ask(ranker, context={"price": 2_000_000})
+
+        assert all(0 <= r.score <= 1 for r in answer.results)
