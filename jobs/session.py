@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from llm4msr.config import Config, ConfigError, load_config
+from llm4msr.config import Config, ConfigError
+from llm4msr.settings import load_config
 
 LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 # Ray's own defaults suit clusters: 32 processes that read Parquet footers, progress bars that overwrite log lines.

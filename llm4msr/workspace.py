@@ -3,6 +3,7 @@
 * prepared/<data digest>.json       names the directory that the last prepare of this configuration finished
 * prepared/<digest>/                one prepared data set (configuration + version of every raw file)
 * knowledge/store/<identity>/       content-addressed vectors of one encoder
+* knowledge/<digest>.json          names the directory that the last extract of this configuration finished
 * knowledge/<digest>/               prompts and knowledge table of one prepared data set
 * runs/<name>-<digest>/             one training run with its checkpoint
 * report.json                       the last pipeline's report

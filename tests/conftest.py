@@ -1,10 +1,11 @@
-"""Fixtures of the whole suite: the shared data folder, and one Ray cluster per session."""
+"""Fixtures of the whole suite: the shared data folder, one S3 server and one Ray cluster per session."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,35 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One local Ray for the whole session."""
+def s3_server():
+    """A real S3 API server on this machine, which the AWS settings of this process and of Ray's workers name."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    yield boto3.client("s3")
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server) -> str:
+    """The name of a fresh, empty bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    s3_server.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server):
+    """One local Ray for the whole session; its workers know the S3 server, as they read its address when they start."""
     import ray
 
     # Unix socket names are limited to about 100 bytes, so Ray's directory must have a short name.

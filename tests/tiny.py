@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from llm4msr import storage
-from llm4msr.config import Config, config_from_dict
+from llm4msr.config import Config
 from llm4msr.data.prepared import (
     ITEMS_FILE,
     REJECTS_FILE,
@@ -20,6 +20,7 @@ from llm4msr.data.prepared import (
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.schema import REJECTS, SPLITS, Feature, FeatureSchema, Scenario, feature_table_schema, rows_schema
+from llm4msr.settings import config_from_dict
 from llm4msr.training.checkpoint import save_checkpoint
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 30, 5

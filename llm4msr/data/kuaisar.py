@@ -174,6 +174,9 @@ class KuaisarAdapter:
                 parsed = pa.table(columns | {name: _tokens(table[name], name) for name in features})
                 yield Block(parsed, pa.concat_tables([block.rejects, missing, duplicates]).sort_by(LINE))
 
+    def negative_pools(self) -> None:
+        """Returns None: this layout has negatives of its own."""
+
     def merge(self, events: pa.Table) -> pa.Table:
         """Merges repeated rows of one search result; a click on any of them counts.
 

@@ -202,6 +202,9 @@ class MovieLensAdapter:
         """Returns the rows as they are: each rating is an event of its own."""
         return events
 
+    def negative_pools(self) -> None:
+        """Returns None: this layout has negatives of its own."""
+
     @cached_property
     def _release(self) -> _Release:
         there = [uri.rsplit("/", 1)[-1] for uri, _ in storage.list_files(self._raw_uri)]

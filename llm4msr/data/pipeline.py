@@ -287,7 +287,7 @@ def _negative_pools(plan: Plan, item_keys: pa.Array) -> list[np.ndarray] | None:
     """Returns each scenario's distinct item rows: those the adapter names, or those seen in its interactions."""
     if not plan.data.negatives_per_positive:
         return None
-    named = plan.adapter.negative_pools() if hasattr(plan.adapter, "negative_pools") else None
+    named = plan.adapter.negative_pools()
     seen = _read_staged(plan, "pairs")
     pools = []
     for scenario in range(len(plan.adapter.scenarios)):

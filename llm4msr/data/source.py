@@ -86,3 +86,6 @@ class Adapter(Protocol):
 
     def merge(self, events: pa.Table) -> pa.Table:
         """Merges raw rows that are one event, given all rows of some users; drops the columns kept for it."""
+
+    def negative_pools(self) -> dict[int, pa.Array] | None:
+        """Returns the item ids that negatives may be drawn from, by scenario; None: the items seen in the scenario."""

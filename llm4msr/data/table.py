@@ -190,7 +190,7 @@ class TableAdapter:
 
         Returns:
             For every scenario index the distinct item ids that the items file lists for it, sorted; None where no
-            ``item_scenario_column`` is set, which means every item.
+            ``item_scenario_column`` is set: then the items seen in the scenario are drawn from.
         """
         table = self._table
         if table.item_scenario_column is None:

@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 
 from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
-from llm4msr.config import Config, config_from_dict
+from llm4msr.config import Config
 from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE, VOCAB_DIRECTORY, PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model
 from llm4msr.schema import FeatureSchema
+from llm4msr.settings import config_from_dict
 
 MODEL_FILE = "model.safetensors"
 KNOWLEDGE_DIRECTORY = "knowledge"

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from llm4msr import storage, workspace
-from llm4msr.config import Config, ConfigError, config_from_dict
+from llm4msr.config import Config, ConfigError
 from llm4msr.data.source import DataError
 from llm4msr.knowledge.encoder import Encoder
 from llm4msr.knowledge.pipeline import extract
@@ -25,6 +21,7 @@ from llm4msr.knowledge.place import knowledge_uri, store_root
 from llm4msr.knowledge.prompts import prompts_from_table
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.schema import Feature, FeatureSchema, Scenario, feature_table_schema, rows_schema
+from llm4msr.settings import config_from_dict
 from llm4msr.storage import StorageError
 
 SCHEMA = FeatureSchema(
@@ -185,44 +182,14 @@ def test_too_many_actors_are_refused(ray_cluster, tmp_path):
         extract(config)
 
 
-S3_RUN = """
-import json, sys, ray
-from llm4msr.config import config_from_dict
-from llm4msr.knowledge.pipeline import extract
-ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], object_store_memory=100 * 2**20)
-print(extract(config_from_dict(json.loads(sys.argv[2]))))
-"""
-
-
-def test_workspace_in_an_object_store(monkeypatch):
-    """A process of its own: workers read the endpoint when Ray starts them."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fs, _ = storage.filesystem("s3://knowledge-test")
-        fs.mkdir("knowledge-test")
-        config = make_config("s3://knowledge-test/ws")
-        prepare(config, "first", TRAIN)
-        with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_directory:
-            done = subprocess.run(
-                [sys.executable, "-c", S3_RUN, ray_directory, config.model_dump_json()],
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).resolve().parents[2],
-                timeout=200,
-            )
-        assert done.returncode == 0, done.stderr
-        uri = knowledge_uri(config)
-        assert done.stdout.splitlines()[-1] == uri and uri.startswith("s3://knowledge-test/ws/knowledge/")
-        table = KnowledgeTable.load(uri)
-        assert table.num_users_with_knowledge == 3 and table.width == 384
-        assert summary(uri)["num_encoded"] == 5
-        stored = storage.list_files(store_root(config))
-        assert [name.rsplit("/", 1)[-1].partition("-")[0] for name, _ in stored] == ["identity.json"] + ["part"] * 3
-    finally:
-        server.stop()
+def test_workspace_in_an_object_store(ray_cluster, bucket):
+    config = make_config(f"s3://{bucket}/ws")
+    prepare(config, "first", TRAIN)
+    uri = extract(config)
+    assert uri == knowledge_uri(config) and uri.startswith(f"s3://{bucket}/ws/knowledge/")
+    table = KnowledgeTable.load(uri)
+    assert table.num_users_with_knowledge == 3 and table.width == 384
+    assert summary(uri)["num_encoded"] == 5
+    stored = storage.list_files(store_root(config))
+    parts = [name.rsplit("/", 1)[-1].partition("-")[0] for name, _ in stored]
+    assert parts[0] == "identity.json" and len(parts) > 1 and set(parts[1:]) == {"part"}

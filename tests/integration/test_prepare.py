@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 from tiny_adapter import HEADER, TinyAdapter, UnreadableAdapter, config_of, rows_of, run, write
 
 from llm4msr import storage, workspace
-from llm4msr.config import config_from_dict
 from llm4msr.data.pipeline import prepare
 from llm4msr.data.prepared import PreparedData
 from llm4msr.data.source import DataError
 from llm4msr.schema import SPLITS, Feature
+from llm4msr.settings import config_from_dict
 
 # Two users in two scenarios. "u2" has a row twice (merged); "u3" only has a feature row; "u2" has none.
 HAND_MADE = (
@@ -176,72 +171,35 @@ class TestPrepare:
             run(tmp_path, split=MOMENTS)
 
 
-MOTO_RUN = """
-import json, sys, ray
-from llm4msr import storage, workspace
-from llm4msr.config import config_from_dict
-from llm4msr.data.pipeline import prepare
-from llm4msr.data.prepared import PreparedData
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
-         object_store_memory=150 * 2**20, _temp_dir=sys.argv[1])
-config = config_from_dict(json.loads(sys.argv[2]))
-uri = prepare(config)
-assert workspace.prepared_uri(config) == uri == prepare(config)
-data = PreparedData.open(uri)
-rows = [row for split in ("train", "valid", "test") for file, _ in data.files(split)
-        for row in storage.read_parquet(file).to_pylist()]
-print(json.dumps({"uri": uri, "rows": rows, "users": data.users()["key"].to_pylist(),
-                  "objects": [name.removeprefix(uri) for name, _ in storage.list_files(config.workspace_uri)]}))
-"""
-
-
-def test_object_store_to_object_store(tmp_path, monkeypatch):
-    """Raw files and workspace in S3. A process of its own: workers read the endpoint when Ray starts them."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        fs, _ = storage.filesystem("s3://shop")
-        fs.mkdir("shop")
-        lines = "".join(f"u{n % 4},{n % 7},home,{n}\n" for n in range(40))
-        with storage.atomic_write("s3://shop/raw/interactions.csv") as file:
-            file.write(("user_id,item_id,scenario,time\n" + lines).encode())
-        data = {
-            "kind": "table",
-            "raw_uri": "s3://shop/raw",
-            "num_buckets": 2,
-            "negatives_per_positive": 1,
-            "table": {"timestamp_column": "time"},
-        }
-        config = {"workspace_uri": "s3://shop/ws", "data": data}
-        with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as ray_directory:
-            done = subprocess.run(
-                [sys.executable, "-c", MOTO_RUN, ray_directory, json.dumps(config)],
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).resolve().parents[2],
-                timeout=120,
-            )
-        assert done.returncode == 0, done.stderr
-    finally:
-        server.stop()
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["uri"].startswith("s3://shop/ws/prepared/")
-    assert sum(row["label"] for row in found["rows"]) == 40
-    assert sorted(row["row_id"] for row in found["rows"]) == list(range(len(found["rows"])))
-    # 40 rows in order of time: valid from row 32, test from row 36.
-    assert Counter(row["timestamp_ms"] for row in found["rows"] if row["label"] == 1) == {
-        n * 1000: 1 for n in range(40)
+@pytest.mark.usefixtures("ray_cluster")
+def test_object_store_to_object_store(bucket):
+    """Raw files and workspace in S3."""
+    lines = "".join(f"u{n % 4},{n % 7},home,{n}\n" for n in range(40))
+    with storage.atomic_write(f"s3://{bucket}/raw/interactions.csv") as file:
+        file.write(("user_id,item_id,scenario,time\n" + lines).encode())
+    data = {
+        "kind": "table",
+        "raw_uri": f"s3://{bucket}/raw",
+        "num_buckets": 2,
+        "negatives_per_positive": 1,
+        "table": {"timestamp_column": "time"},
     }
-    assert not [name for name in found["objects"] if "staging" in name]
-    assert "/manifest.json" in found["objects"] and "/vocab/" not in "".join(found["objects"])
+    config = config_from_dict({"workspace_uri": f"s3://{bucket}/ws", "data": data})
+    uri = prepare(config)
+    assert uri.startswith(f"s3://{bucket}/ws/prepared/")
+    assert workspace.prepared_uri(config) == uri == prepare(config)
+    prepared = PreparedData.open(uri)
+    rows = [
+        row for split in SPLITS for file, _ in prepared.files(split) for row in storage.read_parquet(file).to_pylist()
+    ]
+    assert prepared.users()["key"].to_pylist() == ["u0", "u1", "u2", "u3"]
+    assert sum(row["label"] for row in rows) == 40
+    assert sorted(row["row_id"] for row in rows) == list(range(len(rows)))
+    # 40 rows in order of time: valid from row 32, test from row 36.
+    assert Counter(row["timestamp_ms"] for row in rows if row["label"] == 1) == {n * 1000: 1 for n in range(40)}
+    objects = [name.removeprefix(uri) for name, _ in storage.list_files(config.workspace_uri)]
+    assert not [name for name in objects if "staging" in name]
+    assert "/manifest.json" in objects and "/vocab/" not in "".join(objects)
 
 
 @pytest.mark.shared

@@ -21,7 +21,7 @@ from llm4msr.training.run import train
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
-    tiny_prepared(str(root / "prepared"), num_rows=12_000)
+    tiny_prepared(str(root / "prepared"), num_rows=16_000)
     tiny_knowledge().save(str(root / "knowledge"))
     return root
 
@@ -35,7 +35,7 @@ def make_task(root, name, knowledge="llm", seed=0, **tree):
 def test_any_number_of_workers_reaches_the_same_quality(places, ray_cluster):
     test_auc = {}
     for num_workers in (0, 1, 2):
-        settings = {"max_epochs": 6, "batch_size": 128, "learning_rate": 0.02, "num_workers": num_workers}
+        settings = {"max_epochs": 12, "batch_size": 128, "learning_rate": 0.02, "num_workers": num_workers}
         task = make_task(places, f"workers{num_workers}", train=settings)
         metadata = train(task)
         assert metadata["num_workers"] == max(num_workers, 1)

@@ -14,11 +14,12 @@ import pyarrow.csv as pa_csv
 import ray
 
 from llm4msr import storage, workspace
-from llm4msr.config import Config, config_from_dict
+from llm4msr.config import Config
 from llm4msr.data.pipeline import prepare
 from llm4msr.data.prepared import PreparedData
 from llm4msr.data.source import Block, RawFeature, Shard
 from llm4msr.schema import REJECTS, SPLITS, Scenario, rows_schema
+from llm4msr.settings import config_from_dict
 
 # Workers cannot import a test module, so what is defined here travels to them by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -97,6 +98,9 @@ class TinyAdapter:
     def merge(self, events: pa.Table) -> pa.Table:
         repeated = events.group_by(events.column_names, use_threads=False).aggregate([])
         return repeated.drop_columns(["kept_for_merge"])
+
+    def negative_pools(self) -> None:
+        """None: the items seen in a scenario are drawn from."""
 
 
 class UnreadableAdapter(TinyAdapter):

@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from llm4msr.config import Config, ConfigError, SplitConfig, config_from_dict, digest, load_config
+from llm4msr.config import Config, ConfigError, SplitConfig, digest
+from llm4msr.settings import config_from_dict, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "config_surface.json"
@@ -366,7 +367,10 @@ def test_digest_depends_on_content_only():
 
 
 def test_digest_is_the_same_in_another_process():
-    code = "from llm4msr.config import *; print(digest(load_config([], environ={})))"
+    code = (
+        "from llm4msr.config import digest; from llm4msr.settings import load_config; "
+        "print(digest(load_config([], environ={})))"
+    )
     env = os.environ | {"PYTHONHASHSEED": "77"}
     output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, check=True)
     assert output.stdout.decode().strip() == digest(load())

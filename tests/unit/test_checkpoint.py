@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared
 
@@ -81,31 +80,16 @@ class TestRoundTrip:
 
         assert Ranker.from_checkpoint(str(moved)).rank(REQUEST).results == before.results
 
-    def test_on_s3(self, prepared, checkpoint, monkeypatch):
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        try:
-            host, port = server.get_host_and_port()
-            for name, value in {
-                "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-                "AWS_ACCESS_KEY_ID": "testing",
-                "AWS_SECRET_ACCESS_KEY": "testing",
-                "AWS_DEFAULT_REGION": "us-east-1",
-            }.items():
-                monkeypatch.setenv(name, value)
-            storage.filesystem("s3://models")[0].mkdir("models")
+    def test_on_s3(self, prepared, checkpoint, bucket):
+        uri = tiny_checkpoint(f"s3://{bucket}/runs/x/checkpoint", prepared, tiny_knowledge())
 
-            uri = tiny_checkpoint("s3://models/runs/x/checkpoint", prepared, tiny_knowledge())
-
-            local, remote = Ranker.from_checkpoint(str(checkpoint)), Ranker.from_checkpoint(uri)
-            assert remote.rank(REQUEST).results == local.rank(REQUEST).results
-            with pytest.raises(storage.StorageError, match="s3://models/runs/y/checkpoint does not exist"):
-                load_checkpoint("s3://models/runs/y/checkpoint")
-            storage.remove(f"{uri}/model.safetensors")
-            with pytest.raises(storage.StorageError, match=r"x/checkpoint/model.safetensors: no such file"):
-                load_checkpoint(uri)
-        finally:
-            server.stop()
+        local, remote = Ranker.from_checkpoint(str(checkpoint)), Ranker.from_checkpoint(uri)
+        assert remote.rank(REQUEST).results == local.rank(REQUEST).results
+        with pytest.raises(storage.StorageError, match=f"s3://{bucket}/runs/y/checkpoint does not exist"):
+            load_checkpoint(f"s3://{bucket}/runs/y/checkpoint")
+        storage.remove(f"{uri}/model.safetensors")
+        with pytest.raises(storage.StorageError, match=r"x/checkpoint/model.safetensors: no such file"):
+            load_checkpoint(uri)
 
 
 class TestRefusals:

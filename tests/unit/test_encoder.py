@@ -106,6 +106,7 @@ def test_causal_alone_in_a_batch_and_on_either_side(tmp_path, kind, side, poolin
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("pooling", ["last_token", "mean"])
 def test_a_real_causal_model(shared, pooling, tmp_path):
     model = shutil.copytree(shared / "models" / "stories260k", tmp_path / "stories")

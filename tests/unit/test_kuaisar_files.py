@@ -182,34 +182,15 @@ def test_adapter_travels_as_a_pickle(write):
     assert isinstance(shards[0], Shard)
 
 
-def test_object_store(write, tmp_path, monkeypatch):
-    moto_server = pytest.importorskip("moto.server")
-    import boto3
-    import fsspec
-
-    server = moto_server.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="logs")
-        write(rec_inter=[{}, {"click": "9"}])
-        local = shard_folder(write(rec_inter=[{}, {"click": "9"}]), tmp_path / "raw", packed=True)
-        for shard in local.shards():
-            client.upload_file(shard.uri, "logs", "kuai/" + shard.uri.split("raw/")[1])
-        adapter = KuaisarAdapter(DataConfig(kind="kuaisar", raw_uri="s3://logs/kuai/"))
-        assert adapter.shards()[0].uri == "s3://logs/kuai/rec_inter/part-00000.csv"
-        for shard, local_shard in zip(adapter.shards(), local.shards(), strict=True):
-            assert (shard.role, shard.num_bytes) == (local_shard.role, local_shard.num_bytes)
-        table, rejects = parse(adapter, "rec_inter")
-        assert table == parse(local, "rec_inter")[0]
-        assert rejects["file"].to_pylist() == ["s3://logs/kuai/rec_inter/part-00001.csv.gz"]
-        assert tables(adapter.parse_entities("item"))[0] == tables(local.parse_entities("item"))[0]
-    finally:
-        server.stop()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+def test_object_store(write, tmp_path, s3_server, bucket):
+    local = shard_folder(write(rec_inter=[{}, {"click": "9"}]), tmp_path / "raw", packed=True)
+    for shard in local.shards():
+        s3_server.upload_file(shard.uri, bucket, "kuai/" + shard.uri.split("raw/")[1])
+    adapter = KuaisarAdapter(DataConfig(kind="kuaisar", raw_uri=f"s3://{bucket}/kuai/"))
+    assert adapter.shards()[0].uri == f"s3://{bucket}/kuai/rec_inter/part-00000.csv"
+    for shard, local_shard in zip(adapter.shards(), local.shards(), strict=True):
+        assert (shard.role, shard.num_bytes) == (local_shard.role, local_shard.num_bytes)
+    table, rejects = parse(adapter, "rec_inter")
+    assert table == parse(local, "rec_inter")[0]
+    assert rejects["file"].to_pylist() == [f"s3://{bucket}/kuai/rec_inter/part-00001.csv.gz"]
+    assert tables(adapter.parse_entities("item"))[0] == tables(local.parse_entities("item"))[0]

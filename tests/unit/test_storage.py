@@ -7,13 +7,11 @@ import json
 import os
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from llm4msr import storage
 from llm4msr.config import SyntheticConfig
@@ -24,40 +22,21 @@ TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "y", None]})
 BIG = 6 << 20  # longer than one part of an upload, see the server
 
 
-@pytest.fixture(scope="module")
-def server():
-    """An S3 server on this machine with one bucket, and a client for it."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
+@pytest.fixture(autouse=True, scope="module")
+def small_parts():
+    """Uploads come in the smallest parts that S3 takes, so that a big file has several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setattr(s3fs.S3FileSystem, "default_block_size", 5 << 20)  # the smallest part that S3 takes
+        patch.setattr(s3fs.S3FileSystem, "default_block_size", 5 << 20)
         s3fs.S3FileSystem.clear_instance_cache()
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        yield client
+        yield
     s3fs.S3FileSystem.clear_instance_cache()
-    moto.stop()
-
-
-@pytest.fixture
-def bucket(server):
-    """A client of the S3 server whose bucket is empty."""
-    for item in server.list_objects_v2(Bucket="bucket").get("Contents", []):
-        server.delete_object(Bucket="bucket", Key=item["Key"])
-    return server
 
 
 @pytest.fixture(params=["local", "file", "s3"])
 def root(request, tmp_path):
     """A folder in each kind of place."""
     if request.param == "s3":
-        request.getfixturevalue("bucket")
-        return "s3://bucket/root"
+        return f"s3://{request.getfixturevalue('bucket')}/root"
     return str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
 
 
@@ -98,11 +77,11 @@ def test_a_failed_write_leaves_nothing(root, size, error, tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_write_to_s3_leaves_no_upload_behind(bucket):
-    with pytest.raises(RuntimeError), storage.atomic_write("s3://bucket/file.bin") as file:
+def test_a_failed_write_to_s3_leaves_no_upload_behind(s3_server, bucket):
+    with pytest.raises(RuntimeError), storage.atomic_write(f"s3://{bucket}/file.bin") as file:
         file.write(b"x" * BIG)
         raise RuntimeError
-    assert "Uploads" not in bucket.list_multipart_uploads(Bucket="bucket")
+    assert "Uploads" not in s3_server.list_multipart_uploads(Bucket=bucket)
 
 
 @pytest.mark.parametrize("size", [10, BIG])
@@ -167,11 +146,11 @@ def test_exists_and_remove(root):
     assert not storage.exists(storage.join(root, "folder", "file.json"))
 
 
-def test_the_store_is_asked_anew_each_time(bucket):
-    assert storage.list_files("s3://bucket/x") == []
-    bucket.put_object(Bucket="bucket", Key="x/late.json", Body=b"1")  # by somebody else
-    assert [uri for uri, _ in storage.list_files("s3://bucket/x")] == ["s3://bucket/x/late.json"]
-    assert storage.exists("s3://bucket/x/late.json")
+def test_the_store_is_asked_anew_each_time(s3_server, bucket):
+    assert storage.list_files(f"s3://{bucket}/x") == []
+    s3_server.put_object(Bucket=bucket, Key="x/late.json", Body=b"1")  # by somebody else
+    assert [uri for uri, _ in storage.list_files(f"s3://{bucket}/x")] == [f"s3://{bucket}/x/late.json"]
+    assert storage.exists(f"s3://{bucket}/x/late.json")
 
 
 def test_fingerprint_changes_with_the_content(root):
@@ -187,12 +166,12 @@ def test_fingerprint_changes_with_the_content(root):
 def test_copy_between_places(bucket, tmp_path):
     data = os.urandom(1 << 20)
     (tmp_path / "a").write_bytes(data)
-    storage.copy(str(tmp_path / "a"), "s3://bucket/b")
-    storage.copy("s3://bucket/b", str(tmp_path / "new" / "c"))
+    storage.copy(str(tmp_path / "a"), f"s3://{bucket}/b")
+    storage.copy(f"s3://{bucket}/b", str(tmp_path / "new" / "c"))
     assert (tmp_path / "new" / "c").read_bytes() == data
     with pytest.raises(FileNotFoundError):
-        storage.copy(str(tmp_path / "none"), "s3://bucket/none")
-    assert not storage.exists("s3://bucket/none")
+        storage.copy(str(tmp_path / "none"), f"s3://{bucket}/none")
+    assert not storage.exists(f"s3://{bucket}/none")
 
 
 # ---------------------------------------------------------------- JSON, Parquet, manifests
@@ -279,12 +258,12 @@ def test_manifest_marks_a_finished_directory(root):
 
 def test_generated_data_goes_to_s3_too(bucket, tmp_path):
     config = SyntheticConfig(num_users=5, num_items=9, num_shards=2)
-    truth = synthetic.generate(config, "s3://bucket/raw")
-    assert synthetic.generate(config, "s3://bucket/raw") == truth
+    truth = synthetic.generate(config, f"s3://{bucket}/raw")
+    assert synthetic.generate(config, f"s3://{bucket}/raw") == truth
     synthetic.generate(config, str(tmp_path))
-    files = storage.list_files("s3://bucket/raw", ".csv")
+    files = storage.list_files(f"s3://{bucket}/raw", ".csv")
     assert len(files) == 10
     for uri, size in files:
-        assert read(uri) == (tmp_path / uri.removeprefix("s3://bucket/raw/")).read_bytes() and size > 0
-    synthetic.generate(config.model_copy(update={"num_shards": 1}), "s3://bucket/raw")
-    assert len(storage.list_files("s3://bucket/raw", ".csv")) == 5
+        assert read(uri) == (tmp_path / uri.removeprefix(f"s3://{bucket}/raw/")).read_bytes() and size > 0
+    synthetic.generate(config.model_copy(update={"num_shards": 1}), f"s3://{bucket}/raw")
+    assert len(storage.list_files(f"s3://{bucket}/raw", ".csv")) == 5

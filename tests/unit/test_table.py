@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm4msr.config import DataConfig, load_config
+from llm4msr.config import DataConfig
 from llm4msr.data import tabular
 from llm4msr.data.adapters import build_adapter
 from llm4msr.data.source import RawFeature
 from llm4msr.data.table import TableAdapter
 from llm4msr.schema import REJECTS, Scenario, events_schema
+from llm4msr.settings import load_config
 
 HEADER = "user_id,item_id,scenario,timestamp\n"
 TIME = {"timestamp_column": "timestamp"}
