@@ -80,7 +80,7 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
     directory = digest({"data": data, "files": files, "version": PREPARE_VERSION})
     uri = storage.join(workspace.prepared_root(config), directory)
     if storage.is_finished(uri):
-        _log.info("prepare: %s is up to date", uri)
+        _log.info("%s is up to date", uri)
     else:
         events = tuple(shard for shard in shards if adapter.is_events(shard))
         plan = Plan(adapter, data, events, choose_num_buckets(data.num_buckets, events), f"{uri}.staging", uri)
@@ -90,7 +90,7 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
             manifest = _build(plan, thresholds)
         finally:
             storage.remove(plan.staging_uri)
-        storage.write_manifest(uri, manifest)
+        storage.write_manifest(uri, manifest | {"config": config.model_dump(mode="json")})
     storage.write_json(workspace.prepared_pointer_uri(config), {"directory": directory})
     return uri
 
@@ -119,7 +119,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
         ids = [t[c] for t, c in ((entities, "key"), (seen, ID_FEATURES[source])) if t is not None]
         raw_features = [f for f in adapter.features if f.source == source]
         tables[source] = features.align_entities(entities, features.sorted_keys(ids, key_type), raw_features)
-        _log.info("prepare: %d %ss", tables[source].num_rows, source)
+        _log.info("%d %ss", tables[source].num_rows, source)
     keys = {source: table["key"].combine_chunks() for source, table in tables.items()}
 
     if data.split.kind == "time" and thresholds.valid_from_ms is None:
@@ -130,7 +130,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
             np.asarray(at, np.int64), np.asarray(num_rows, np.int64), data.split, thresholds.test_until_ms
         )
     explained = report.explain_split(data.split.kind, thresholds)
-    _log.info("prepare: %s", explained)
+    _log.info("%s", explained)
     fitted = _run(
         "fit",
         fit_bucket,
@@ -192,7 +192,6 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
             ]
             for s, split in enumerate(SPLITS)
         },
-        "config": data.model_dump(mode="json"),
         "scenarios": names,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {

@@ -120,7 +120,7 @@ def extract(config: Config) -> str:
         }
         storage.write_json(storage.join(uri, SUMMARY_FILE), summary)
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {"kind": "knowledge", **source, "model": config.knowledge.model, "encoder": identity}
+        manifest = {"kind": "knowledge", **source, "encoder": identity, "config": config.model_dump(mode="json")}
         storage.write_manifest(uri, manifest | {"created_at": created_at, "summary": summary})
         logger.info("knowledge is in %s: %s", uri, json.dumps(summary))
     storage.write_json(place.knowledge_pointer_uri(config), {"directory": uri.rsplit("/", 1)[-1]})

@@ -19,6 +19,7 @@ from jobs.report import print_table, summarise
 from jobs.session import user_message
 from jobs.train import train
 from llm4msr import storage, workspace
+from llm4msr.knowledge.place import knowledge_uri
 from llm4msr.ranker import Ranker, RankRequest
 from llm4msr.settings import load_config
 
@@ -80,8 +81,8 @@ def test_everything_is_below_the_workspace_with_its_configuration(finished):
     assert sorted(os.listdir(config.workspace_uri)) == ["knowledge", "prepared", "raw", "report.json", "runs"]
     saved = storage.read_json(storage.join(report["checkpoint_uri"], "config.json"))
     assert saved == report["config"]
-    prepared = storage.read_manifest(workspace.prepared_uri(config), "")
-    assert prepared["config"]["synthetic"]["num_users"] == 150
+    for uri in (workspace.prepared_uri(config), knowledge_uri(config)):
+        assert storage.read_manifest(uri, "")["config"] == report["config"]
 
 
 def test_a_second_run_does_nothing_again(finished):
