@@ -22,7 +22,7 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     """
     import ray
 
-    from llm4msr.training.evaluate import evaluate_checkpoint, evaluate_item_mean
+    from llm4msr.evaluation import evaluate_checkpoint, evaluate_item_mean
     from llm4msr.training.run import plan_runs
 
     tasks = plan_runs(config)

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_config, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
+from llm4msr.evaluation import evaluate_checkpoint, evaluate_item_mean
 from llm4msr.ranker import Ranker
-from llm4msr.training.evaluate import evaluate_checkpoint, evaluate_item_mean
 from llm4msr.training.loop import TrainingError, TrainTask, load_knowledge
 from llm4msr.training.run import train
 

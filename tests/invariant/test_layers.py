@@ -32,6 +32,7 @@ LAYERS = {
     "llm4msr.batch": 1,
     "llm4msr.training": 2,
     "llm4msr.ranker": 2,
+    "llm4msr.evaluation": 2,
     "jobs": 3,
     "serve": 3,
 }
