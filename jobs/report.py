@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
-LABELS = {"none": "{} alone", "llm": "{} + LLM4MSR", "shuffled": "{} + LLM4MSR, shuffled knowledge"}
+LABELS = {"none": "{} alone", "llm": "{} + LLM4MSR", "shuffled": "{} + LLM4MSR (shuffled)"}
 
 
 def summarise(results: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:

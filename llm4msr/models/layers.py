@@ -94,6 +94,22 @@ def map_by_scenario(
     return out.index_copy(0, order_B, torch.cat(parts))
 
 
+class _SumOverWorkers(torch.autograd.Function):
+    """Adds a tensor over all workers; each worker's input takes part in every worker's loss, so gradients add too."""
+
+    @staticmethod
+    def forward(_, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 class ScenarioNorm(nn.Module):
     """Partitioned normalisation (STAR, Sheng et al. 2021, eq. 3-4) with statistics kept per scenario.
 
@@ -126,9 +142,7 @@ class ScenarioNorm(nn.Module):
         centred_BD = x_BD - self.mean_SD[scenario_B]
         sums = sums.index_add(0, scenario_B, torch.cat([centred_BD, centred_BD.square(), ones_B1], dim=1))
         if dist.is_available() and dist.is_initialized():
-            import torch.distributed.nn.functional as dist_functional
-
-            sums = dist_functional.all_reduce(sums)
+            sums = _SumOverWorkers.apply(sums)
         dim = x_BD.shape[1]
         count_S1 = sums[:, -1:].detach()
         enough_S1 = count_S1 >= 2

@@ -180,7 +180,7 @@ class _Trainer:
                 dist.broadcast(parameter.data, 0)
             # Sparse gradients are exchanged by average_sparse_gradients; statistics are already the same everywhere.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(embeddings))
-            self.step_model = DistributedDataParallel(model, broadcast_buffers=False)
+            self.step_model = DistributedDataParallel(model, forward_sync_buffers=False)
         dense = [p for name, p in model.named_parameters() if name not in embeddings]
         self.embeddings = list(embeddings.values())
         self.optimizers = [

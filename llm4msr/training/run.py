@@ -82,6 +82,7 @@ def train(task: TrainTask) -> dict[str, Any]:
 def _worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     # In a worker process this makes the epochs' lines visible; in process the job has done so already.
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats each epoch's metrics
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
     return train_worker(

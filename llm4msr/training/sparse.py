@@ -47,4 +47,5 @@ def average_sparse_gradients(parameters: Iterable[nn.Parameter]) -> None:
             torch.cat([i[:n] for i, n in zip(all_indices, lengths, strict=True)]).unsqueeze(0),
             torch.cat([v[:n] for v, n in zip(all_values, lengths, strict=True)]) / world_size,
             parameter.shape,
+            check_invariants=False,
         ).coalesce()

@@ -36,7 +36,7 @@ def gradients(uri: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     step_model = model
     if world_size > 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(embeddings))
-        step_model = DistributedDataParallel(model, broadcast_buffers=False)
+        step_model = DistributedDataParallel(model, forward_sync_buffers=False)
     logit_B, _ = step_model(batch)
     torch.nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B.double()).backward()
     average_sparse_gradients(embeddings.values())
