@@ -28,10 +28,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## Generate data, prepare, extract, train, evaluate; print the comparison.
-	$(BIN)/python -m jobs.pipeline --config jobs/recipes/demo.toml --workspace_uri $(WORKSPACE)
+	$(BIN)/python -m jobs.pipeline --config jobs/recipes/demo.toml --workspace_uri "$(WORKSPACE)"
 
 serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
-	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri $(CHECKPOINT),--workspace_uri $(WORKSPACE)) --port $(PORT)
+	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --port $(PORT)
 
 test: $(INSTALLED) ## Run the linter and the whole test suite.
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ logger = logging.getLogger("llm4msr.jobs")
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """Scores valid and test with every run of the experiment, one Ray task a run; returns the report's `results`.
 
+    What a run's evaluation found is kept beside its checkpoint, in evaluation.json, and not computed again.
+
     Raises:
         StorageError: A run was not trained yet.
     """
@@ -29,13 +31,18 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     for task in tasks:
         storage.read_manifest(task.checkpoint_uri, "run jobs.train with the same configuration first")
     score = ray.remote(num_cpus=1)(evaluate_checkpoint)
-    pending = [ray.remote(num_cpus=1)(evaluate_item_mean).remote(tasks[0].prepared_uri)]
-    pending += [score.remote(task.checkpoint_uri, task.prepared_uri) for task in tasks]
-    results = []
-    for number, reference in enumerate(pending, start=1):
-        results += ray.get(reference)
+    places = [storage.join(task.run_uri, "evaluation.json") for task in tasks]
+    pending = {
+        place: score.remote(task.checkpoint_uri, task.prepared_uri)
+        for task, place in zip(tasks, places, strict=True)
+        if not storage.exists(place)
+    }
+    logger.info("%d runs to evaluate, %d evaluated before", len(pending), len(tasks) - len(pending))
+    results = ray.get(ray.remote(num_cpus=1)(evaluate_item_mean).remote(tasks[0].prepared_uri))
+    for number, (place, reference) in enumerate(pending.items(), start=1):
+        storage.write_json(place, ray.get(reference))
         logger.info("evaluated %d of %d", number, len(pending))
-    return results
+    return results + [row for place in places for row in storage.read_json(place)]
 
 
 def main() -> int:

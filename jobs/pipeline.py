@@ -31,8 +31,10 @@ EXAMPLE_ITEMS = 5
 def run_pipeline(config: Config) -> dict[str, Any]:
     """Runs the four stages, writes report.json and prints its table.
 
+    A report that already says the same is kept, with the seconds of the run that did the work.
+
     Returns:
-        The report, as written.
+        The report of this call.
     """
     seconds: dict[str, float] = {}
 
@@ -50,14 +52,15 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     trained = stage("train", train)
     results = stage("evaluate", evaluate)
 
-    best = max(trained, key=lambda run: (run["knowledge"] == "llm", run["valid_auc"]))
-    checkpoint_uri = storage.join(workspace.runs_root(config), best["model_version"], "checkpoint")
+    # The control is never served; of the others, the best on valid.
+    served = [run for run in trained if run["knowledge"] != "shuffled"] or trained
+    checkpoint = f"runs/{max(served, key=lambda run: run['valid_auc'])['model_version']}/checkpoint"
     report = {
         "results": results,
         "data": storage.read_manifest(prepared_uri, "jobs.prepare just wrote it")["data"],
         "knowledge": knowledge,
         "runs": [{k: v for k, v in run.items() if k != "history"} for run in trained],
-        "checkpoint_uri": checkpoint_uri,
+        "checkpoint": checkpoint,  # below the workspace, so that a workspace can be moved
         "config": config.model_dump(mode="json"),
         "config_digest": digest(config),
         "versions": {
@@ -68,14 +71,21 @@ def run_pipeline(config: Config) -> dict[str, Any]:
         "seconds": seconds,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    storage.write_json(workspace.report_uri(config), report)
+    uri = workspace.report_uri(config)
+    if not storage.exists(uri) or _findings(storage.read_json(uri)) != _findings(report):
+        storage.write_json(uri, report)
     print_table(results)
-    print(f"\nReport:      {workspace.report_uri(config)}")
-    print(f"Checkpoint:  {checkpoint_uri}")
-    print(f"TensorBoard: tensorboard --logdir {workspace.runs_root(config)}")
+    print(f"\nReport:      {uri}")
+    print(f"Checkpoint:  {storage.join(storage.absolute(config.workspace_uri), checkpoint)}")
+    print(f"TensorBoard: tensorboard --logdir {shlex.quote(workspace.runs_root(config))}")
     print(f"\nServe it:    make serve WORKSPACE={shlex.quote(config.workspace_uri)}")
     print(f"and ask:     {example_request(prepared_uri)}")
     return report
+
+
+def _findings(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns a report without what differs between two runs that find the same."""
+    return {name: value for name, value in report.items() if name not in ("seconds", "created_at")}
 
 
 def example_request(prepared_uri: str) -> str:

@@ -45,11 +45,18 @@ def ray_session() -> Iterator[None]:
     # Without an address, ray.init would join any cluster that "ray start" left on this machine.
     address = os.environ.get("RAY_ADDRESS") or "local"
     options = {} if address != "local" else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **options)
+    runtime_env = {"worker_process_setup_hook": quiet_workers}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime_env, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def quiet_workers() -> None:
+    """Runs in each new worker: Ray Train's cleaner asks the dashboard, which a private cluster does not have."""
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | None = None) -> int:
@@ -59,8 +66,11 @@ def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | No
         Exit status: 0 done, 2 the configuration or the input cannot be used (one clear message, no traceback).
         Anything else that goes wrong is raised.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv, prog)
+        if not any(part.split("=", 1)[0] in ("--config", "--help", "-h") for part in argv):
+            raise ConfigError("--config FILE.toml is needed; recipes are in jobs/recipes/, --help lists every key")
+        config = load_config(argv, prog)
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

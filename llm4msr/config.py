@@ -268,11 +268,14 @@ class MetaConfig(Section):
     """Share of training rows that see no user knowledge, so that unseen users are scored well."""
 
 
+Backbone = Literal["shared_bottom", "star"]
+
+
 class ModelConfig(Section):
     """The ranker."""
 
-    backbone: str = "star"
-    """shared_bottom or star."""
+    backbone: Backbone = "star"
+    """shared_bottom or star: the keys of llm4msr.models.backbones.BACKBONES."""
     embedding_dim: PositiveInt = 16
     """Width of every embedding."""
     hidden_dims: tuple[PositiveInt, ...] = (128, 64)
@@ -361,6 +364,16 @@ class Config(BaseSettings):
     """Optimisation and the training group."""
     experiment: ExperimentConfig = ExperimentConfig()
     """Which runs the pipeline trains and compares."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        meta = self.model.meta
+        if set(self.experiment.knowledge) != {"none"} and not (meta.user_level or meta.scenario_level):
+            raise ValueError(
+                "model.meta.user_level and model.meta.scenario_level are both off: nothing would read the knowledge "
+                f"of experiment.knowledge = {list(self.experiment.knowledge)}; switch one on, or use ['none']"
+            )
+        return self
 
 
 def digest(value: Any) -> str:

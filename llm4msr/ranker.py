@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from llm4msr.batch import Rows
-from llm4msr.schema import FIRST_INDEX, UNSEEN_INDEX, Feature, KeyType
+from llm4msr.schema import FIRST_INDEX, PADDING_INDEX, UNSEEN_INDEX, Feature, KeyType
 from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
 
 Key = int | str
@@ -43,7 +43,8 @@ class RankRequest:
         scenario: Scenario name.
         items: Raw item ids.
         top_k: Results returned, the best first; None returns all.
-        context: Values of context features by name, the same for all candidates; absent ones are unseen.
+        context: Values of context features by name, the same for all candidates. As in training, an absent category
+            adds nothing, a given one that training has not seen is unseen, and an absent number is its mean.
     """
 
     user: Key
@@ -233,4 +234,4 @@ class Ranker:
                     f"({feature.std:.6g} each) from the mean {feature.mean:.6g}",
                 )
             return standardised
-        return UNSEEN_INDEX if value is None else self.context_index[feature.name].get(str(value), UNSEEN_INDEX)
+        return PADDING_INDEX if value is None else self.context_index[feature.name].get(str(value), UNSEEN_INDEX)

@@ -1,6 +1,7 @@
 """Types that every layer shares: features, scenarios, and the Arrow schema of each stored table.
 
-Index 0 of every categorical or sequence feature is padding, 1 is "unseen or rare", values start at 2.
+Index 0 of every categorical or sequence feature is padding, 1 is "unseen or rare", values start at 2. A context
+feature that a row does not have is padding too; a user or item without a value is "unseen".
 Row 0 of every feature table is "unknown user" or "unknown item", known ones start at 1.
 """
 

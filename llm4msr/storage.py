@@ -66,7 +66,7 @@ def join(uri: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """Returns a local path as an absolute one, so that processes with another directory find it; others as they are."""
-    return str(local_path(uri)) if is_local(uri) else uri
+    return os.path.abspath(local_path(uri)) if is_local(uri) else uri
 
 
 def exists(uri: str) -> bool:

@@ -95,9 +95,9 @@ def find_checkpoint(args: ServeArgs) -> str:
             "with this workspace_uri, first"
         )
     report = storage.read_json(report_uri)
-    if not isinstance(report, dict) or "checkpoint_uri" not in report:
-        raise storage.StorageError(f"{report_uri}: names no checkpoint_uri: it was not written by jobs.pipeline")
-    return report["checkpoint_uri"]
+    if not isinstance(report, dict) or "checkpoint" not in report:
+        raise storage.StorageError(f"{report_uri}: names no checkpoint: it was not written by jobs.pipeline")
+    return storage.join(storage.absolute(args.workspace_uri), report["checkpoint"])
 
 
 def load_ranker(checkpoint_uri: str) -> Ranker:

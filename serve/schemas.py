@@ -63,7 +63,7 @@ class RankBody(Closed):
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Number of results, the best first; all when left out."""
     context: dict[str, ContextValue] | None = None
-    """Values of context features by name, the same for all candidates; those left out count as unseen."""
+    """Values of context features by name, the same for all candidates; those left out count as absent."""
 
 
 class RankedItemReply(Closed):

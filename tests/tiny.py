@@ -94,7 +94,7 @@ def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: 
                     "label": label.astype(np.int8),
                     "timestamp_ms": rng.integers(0, 10**12, count),
                     "position": np.arange(count),
-                    "search_source": np.where(scenario == 1, rng.integers(2, 4, count), 1),
+                    "search_source": np.where(scenario == 1, rng.integers(2, 4, count), 0),
                     "price": rng.normal(size=count).astype(np.float32),
                 }
             ).cast(rows_schema(schema))

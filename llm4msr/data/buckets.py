@@ -79,7 +79,7 @@ def fit_bucket(
     if plan.data.split.kind == "time":
         split_B = splits.split_by_time(timestamp_ms_B, thresholds)
     elif plan.data.split.kind == "per_user_last":
-        split_B = splits.split_per_user(rank_B, num_rows_B, plan.data.split)
+        split_B = splits.split_per_user(rank_B, num_rows_B, timestamp_ms_B, plan.data.split)
     else:
         split_B = _named_split(table, plan)
     fitted = pa.table(

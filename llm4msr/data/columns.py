@@ -27,6 +27,8 @@ _ISO = (
     r"(?:[T ](?P<clock>\d{2}:\d{2})(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d{1,9}))?)?"
     r" ?(?P<zone>Z|(?P<sign>[+-])(?P<zone_hour>\d{2})(?::?(?P<zone_minute>\d{2}))?)?)?$"
 )
+_ISO_START = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
+_COMPACT_DATE = r"^(?:19|20)\d{2}(?:\d{4})?$"
 # A combining mark belongs to its letter: without \p{M} words of Hindi or Thai fall apart.
 _NO_WORD = r"[^\p{L}\p{M}\p{N}_]+"
 _SPLIT_NAMES = (*SPLITS, "validation", "val")
@@ -60,7 +62,10 @@ def check_type(uri: str, column: str, kind: pa.DataType, use: Use) -> None:
         "words": (False, "string"),
         "label": (number or t.is_boolean(kind), "bool, a number or string"),
         "time": (number, "a number or string; for timestamp and date types set table.timestamp_unit = 'iso'"),
-        "iso": (t.is_timestamp(kind) or t.is_date(kind), "string, timestamp or date"),
+        "iso": (
+            t.is_timestamp(kind) or t.is_date(kind),
+            "string, timestamp or date; for numbers set table.timestamp_unit = 's' or 'ms'",
+        ),
         "split": (False, "string"),
     }[use]
     if not accepted:
@@ -145,6 +150,22 @@ def to_time_ms(
     text = convert(pc.fill_null(values, ""), "string")[0]
     times = _parse_iso(text, timezone)
     return times, _mask(pc.and_(pc.is_null(times), pc.is_valid(text)))
+
+
+def other_time_unit(column: pa.ChunkedArray, unit: Literal["s", "ms", "iso"]) -> tuple[np.ndarray, str]:
+    """Tells which values of a column look like times written in another unit than the configured one.
+
+    Returns:
+        (B,) bool, True for text that begins as ISO 8601 where `unit` is s or ms, and for numbers where it is iso; and
+        the setting that would read them. Numbers that may be a year or a date without hyphens are not counted.
+    """
+    text = to_text(column)
+    if unit == "iso":
+        other = pc.and_(pc.is_valid(to_number(column)[0]), pc.invert(pc.match_substring_regex(text, _COMPACT_DATE)))
+        hint = "set data.table.timestamp_unit = 's' or 'ms'"
+    else:
+        other, hint = pc.match_substring_regex(text, _ISO_START), "set data.table.timestamp_unit = 'iso'"
+    return pc.fill_null(other, False).to_numpy(zero_copy_only=False), hint
 
 
 def to_words(column: pa.ChunkedArray) -> pa.Array:

@@ -128,7 +128,7 @@ def _place(column: Column, header: list[str], uri: str) -> int | None:
 
 
 def reject_rows(
-    table: pa.Table, mask: pa.Array | pa.ChunkedArray, reason: str, column: str, uri: str
+    table: pa.Table, mask: pa.Array | pa.ChunkedArray, reason: str, column: str, uri: str, hint: str = ""
 ) -> tuple[pa.Table, pa.Table]:
     """Takes rows out of a table that `read_csv` yielded, or of one that kept its `LINE` and `RAW`.
 
@@ -138,6 +138,7 @@ def reject_rows(
         reason: What is wrong, of a small vocabulary.
         column: Where; named in the detail with the value found.
         uri: The file.
+        hint: What may help, added to the detail.
 
     Returns:
         The rows that stay, and the others as `schema.REJECTS`.
@@ -146,7 +147,8 @@ def reject_rows(
     if not pc.any(mask).as_py():
         return table, REJECTS.empty_table()
     bad = table.filter(mask)
-    details = [f"column {column!r}: found {_shorten(value)}" for value in bad[column].to_pylist()]
+    hint = hint and f"; {hint}"
+    details = [f"column {column!r}: found {_shorten(value)}{hint}" for value in bad[column].to_pylist()]
     return table.filter(pc.invert(mask)), _rejects(uri, bad[LINE].to_pylist(), reason, details, bad[RAW])
 
 

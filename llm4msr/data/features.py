@@ -140,9 +140,12 @@ def rank_ids(num_train_rows_N: np.ndarray, min_count: int) -> tuple[np.ndarray, 
     return index_N, len(order)
 
 
-def encode_categorical(values: pa.Array | pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
-    """Returns (B,) int32 indices; null and values outside the vocabulary become 1."""
+def encode_categorical(
+    values: pa.Array | pa.ChunkedArray, vocabulary: pa.Array, null_index: int = UNSEEN_INDEX
+) -> np.ndarray:
+    """Returns (B,) int32 indices; values outside the vocabulary become 1, null becomes `null_index`."""
     place_B = pc.fill_null(pc.index_in(values, vocabulary), UNSEEN_INDEX - FIRST_INDEX)
+    place_B = pc.if_else(pc.is_null(values), null_index - FIRST_INDEX, place_B)
     return (place_B.to_numpy(zero_copy_only=False) + FIRST_INDEX).astype(np.int32)
 
 
@@ -252,12 +255,16 @@ def fit_feature(raw: RawFeature, vocabulary: pa.Array | None = None, moments: Mo
 def encode_context(
     rows: pa.Table, features: Sequence[Feature], vocabularies: Mapping[str, pa.Array]
 ) -> dict[str, pa.Array]:
-    """Returns the encoded columns of the context features, by name."""
+    """Returns the encoded columns of the context features, by name.
+
+    A null category becomes 0, whose embedding is zero: a feature may belong to one scenario alone, and index 1 would
+    learn nothing but the other scenarios' rows, where it is absent.
+    """
     return {
         f.name: pa.array(
             encode_numeric(rows[f.name], f.mean, f.std)
             if f.kind == "numeric"
-            else encode_categorical(rows[f.name], vocabularies[f.name])
+            else encode_categorical(rows[f.name], vocabularies[f.name], null_index=PADDING_INDEX)
         )
         for f in features
     }

@@ -11,11 +11,12 @@ once, its manifest last. Generating the synthetic raw files is left to the calle
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -45,10 +46,10 @@ from llm4msr.data.prepared import (
 )
 from llm4msr.data.shards import Plan, choose_num_buckets, parse_shard
 from llm4msr.data.source import Adapter, DataError
-from llm4msr.data.splits import Thresholds
+from llm4msr.data.splits import TEST, Thresholds
 from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 
 _log = logging.getLogger("llm4msr.data")
 
@@ -65,7 +66,7 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
 
     Raises:
         DataError: The raw files cannot be used, or more rows are damaged than data.max_rejected_fraction allows, or
-            a split or a scenario's train rows are empty.
+            a split or a scenario's train rows are empty, or a scenario lacks a label in valid.
         ConfigError: The split's thresholds cannot be used.
     """
     data = config.data
@@ -102,17 +103,17 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
     started = time.monotonic()
     parsed = _run("parse", parse_shard, len(plan.shards), plan)
     roles = report.by_role(parsed)
-    _check_rejected(plan, roles, [])
+    _check_rejected(plan, roles, {})
     raw_rows = sum(role.num_good + role.num_rejected for role in roles)
 
     tables: dict[Source, pa.Table] = {}
-    rejects: list[pa.Table] = []
+    rejects: dict[str, list[pa.Table]] = {}
     for source, column, key_type in (
         ("user", "users", adapter.user_key_type),
         ("item", "pairs", adapter.item_key_type),
     ):
         entities, damaged, role = _read_entities(adapter, source)
-        rejects += damaged
+        rejects[role.role] = damaged
         roles.append(role)
         _check_rejected(plan, roles, rejects)
         seen = _read_staged(plan, column, [ID_FEATURES[source]])
@@ -129,8 +130,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
         thresholds = splits.quantile_thresholds(
             np.asarray(at, np.int64), np.asarray(num_rows, np.int64), data.split, thresholds.test_until_ms
         )
-    explained = report.explain_split(data.split.kind, thresholds)
-    _log.info("%s", explained)
+    _log.info("%s", report.explain_split(data.split.kind, thresholds))
     fitted = _run(
         "fit",
         fit_bucket,
@@ -143,7 +143,9 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
     )
     rows_SC = np.sum([result["rows"] for result in fitted], axis=0)
     positives_SC = np.sum([result["positives"] for result in fitted], axis=0)
-    report.check_splits(rows_SC, names, explained)
+    report.check_splits(rows_SC, positives_SC, names, data.split.kind, thresholds)
+    for undefined in report.undefined_auc(rows_SC[TEST], positives_SC[TEST], names):
+        _log.warning("test: %s", undefined)
 
     train_rows = {source: _train_rows(plan, source, len(keys[source])) for source in tables}
     schema, vocabularies = _write_features(plan, tables, train_rows, fitted)
@@ -255,25 +257,32 @@ def _read_entities(adapter: Adapter, source: Source) -> tuple[pa.Table | None, l
     return table, rejects, report.RoleCount(f"{source}s", num_good, dict(sorted(rejected.items())))
 
 
-def _check_rejected(plan: Plan, roles: Sequence[report.RoleCount], rejects: Sequence[pa.Table]) -> None:
-    lines = report.too_many_rejected(roles, plan.data.max_rejected_fraction)
-    if lines:
-        _write_rejects(plan, _failure_uri(plan), rejects)
-        first = storage.read_parquet(_failure_uri(plan)).slice(0, 5).to_pylist()
-        lines += [f"  {row['file']}:{row['line']} {row['reason']} {row['detail'] or ''}".rstrip() for row in first]
-        raise DataError("\n".join([*lines, f"All damaged rows: {_failure_uri(plan)}"]))
+def _check_rejected(plan: Plan, roles: Sequence[report.RoleCount], rejects: Mapping[str, Sequence[pa.Table]]) -> None:
+    too_many = report.too_many_rejected(roles, plan.data.max_rejected_fraction)
+    if not too_many:
+        return
+    _write_rejects(plan, _failure_uri(plan), rejects)
+    lines = []
+    for role, line in too_many.items():
+        if role in rejects:
+            damaged = pa.concat_tables(rejects[role])
+        else:
+            files = [shard.uri for shard in plan.shards if shard.role == role]
+            damaged = storage.read_parquet(_failure_uri(plan)).filter(pc.field("file").isin(files))
+        lines += [line, *report.first_rejects(damaged)]
+    raise DataError("\n".join([*lines, f"All damaged rows: {_failure_uri(plan)}"]))
 
 
 def _failure_uri(plan: Plan) -> str:
     return f"{plan.uri}.rejects.parquet"
 
 
-def _write_rejects(plan: Plan, uri: str, rejects: Sequence[pa.Table]) -> None:
+def _write_rejects(plan: Plan, uri: str, rejects: Mapping[str, Sequence[pa.Table]]) -> None:
     """Writes the damaged rows of all files: interactions in order of shard, then users and items."""
     with storage.atomic_write(uri) as file, pq.ParquetWriter(file, REJECTS, compression="zstd") as writer:
         for staged, _ in storage.list_files(plan.staged("rejects"), ".parquet"):
             writer.write_table(storage.read_parquet(staged).cast(REJECTS))
-        for table in rejects:
+        for table in itertools.chain.from_iterable(rejects.values()):
             writer.write_table(table.cast(REJECTS))
 
 

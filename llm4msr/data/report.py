@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from llm4msr.data.prepared import ALL_SCENARIOS
 from llm4msr.data.source import DataError
-from llm4msr.data.splits import TRAIN, Thresholds
+from llm4msr.data.splits import TRAIN, VALID, Thresholds
 from llm4msr.schema import SPLITS
+
+# Damaged rows of each role that an error shows.
+_SHOWN_REJECTS = 5
+# What to change, by kind of split, so that other rows come into valid.
+_REMEDIES = {
+    "time": "data.split.valid_from and test_from, or without them data.split.valid_fraction and test_fraction",
+    "per_user_last": "data.split.valid_fraction and test_fraction",
+    "column": "the column that data.split.column names",
+}
 
 
 @dataclass(frozen=True)
@@ -43,29 +53,41 @@ def by_role(results: Sequence[Mapping[str, Any]]) -> list[RoleCount]:
     return [RoleCount(role, rows[role], dict(sorted(rejected[role].items()))) for role in sorted(rejected)]
 
 
-def too_many_rejected(roles: Sequence[RoleCount], max_fraction: float) -> list[str]:
-    """Returns one line for each role that lost more than `max_fraction` of its rows."""
-    lines = []
+def too_many_rejected(roles: Sequence[RoleCount], max_fraction: float) -> dict[str, str]:
+    """Returns the roles that lost more than `max_fraction` of their rows, each with a line that says so."""
+    lines = {}
     for role in roles:
         total = role.num_good + role.num_rejected
         if total and role.num_rejected / total > max_fraction:
-            lines.append(
+            lines[role.role] = (
                 f"{role.role}: {role.num_rejected} of {total} rows ({role.num_rejected / total:.2%}) are damaged; "
                 f"data.max_rejected_fraction allows {max_fraction:.2%}"
             )
     return lines
 
 
-def check_splits(rows_SC: np.ndarray, scenario_names: Sequence[str], explain: str) -> None:
+def first_rejects(rejects: pa.Table) -> list[str]:
+    """Returns a line for each of the first rows of a table of `schema.REJECTS`."""
+    return [
+        f"  {row['file']}:{row['line']} {row['reason']} {row['detail'] or ''}".rstrip()
+        for row in rejects.slice(0, _SHOWN_REJECTS).to_pylist()
+    ]
+
+
+def check_splits(
+    rows_SC: np.ndarray, positives_SC: np.ndarray, scenario_names: Sequence[str], kind: str, thresholds: Thresholds
+) -> None:
     """Checks that there is something to train on and to measure with.
 
     Args:
         rows_SC: Rows by split and scenario.
+        positives_SC: Those with label 1.
         scenario_names: In the order of their index.
-        explain: How the rows were divided, for the message.
+        kind: data.split.kind.
+        thresholds: Of the time split.
 
     Raises:
-        DataError: A split has no row, or a scenario none in train.
+        DataError: A split has no row, or a scenario none in train, or a scenario lacks a label in valid.
     """
     empty = [
         f"the {name} split has no rows" for name, rows in zip(SPLITS, rows_SC.sum(axis=1), strict=True) if not rows
@@ -81,7 +103,23 @@ def check_splits(rows_SC: np.ndarray, scenario_names: Sequence[str], explain: st
             f"{split}: " + ", ".join(f"{name} {rows}" for name, rows in zip(scenario_names, rows_C, strict=True))
             for split, rows_C in zip(SPLITS, rows_SC.tolist(), strict=True)
         )
-        raise DataError(f"{'; '.join(empty)}. Rows by split and scenario: {counts}. {explain}")
+        raise DataError(f"{'; '.join(empty)}. Rows by split and scenario: {counts}. {explain_split(kind, thresholds)}")
+    undefined = undefined_auc(rows_SC[VALID], positives_SC[VALID], scenario_names)
+    if undefined:
+        raise DataError(
+            f"the valid split cannot stop the training: {'; '.join(undefined)}. Each scenario needs rows of both "
+            f"labels in valid: change {_REMEDIES[kind]}, or where the data holds positives alone set "
+            f"data.negatives_per_positive. {explain_split(kind, thresholds)}"
+        )
+
+
+def undefined_auc(rows_C: np.ndarray, positives_C: np.ndarray, scenario_names: Sequence[str]) -> list[str]:
+    """Returns one line for each scenario of a split whose AUC is not defined, for want of rows of both labels."""
+    return [
+        f"scenario {name!r} has {positives} positive and {rows - positives} negative rows, its AUC is not defined"
+        for name, rows, positives in zip(scenario_names, rows_C.tolist(), positives_C.tolist(), strict=True)
+        if not 0 < positives < rows
+    ]
 
 
 def explain_split(kind: str, thresholds: Thresholds) -> str:

@@ -1,7 +1,7 @@
 """Where a row goes: its bucket, its place among its user's rows, its split.
 
 Pure numpy and Arrow. A bucket holds whole users, so everything that is per user is local to one bucket. Splits follow
-time, never row counts of the whole: rows of one impression share a timestamp and must not be torn apart.
+time, never row counts of the whole: rows of one impression share a timestamp and are never torn apart.
 """
 
 from __future__ import annotations
@@ -146,23 +146,44 @@ def split_by_time(timestamp_ms_B: np.ndarray, thresholds: Thresholds) -> np.ndar
     return np.searchsorted(edges, timestamp_ms_B, side="right").astype(np.int8)
 
 
-def split_per_user(rank_B: np.ndarray, num_rows_B: np.ndarray, split: SplitConfig) -> np.ndarray:
+def split_per_user(
+    rank_B: np.ndarray, num_rows_B: np.ndarray, timestamp_ms_B: np.ndarray, split: SplitConfig
+) -> np.ndarray:
     """Returns (B,) int8: of each user's n rows in order the last ones are test, those before them valid.
 
     The last round(test_fraction n) rows are test and the round(valid_fraction n) before them valid, halves rounded
-    up. A user with fewer than 3 rows stays wholly in train, and at least one row of every user is train: where the
-    fractions leave none, first valid and then test gives way.
+    up. A user with fewer than 3 rows stays wholly in train.
+
+    A user's rows of one moment (one impression) stay together: where a split would begin among them, it begins with
+    the first of them, so the later split takes them all, and valid is counted back from where test then begins. The
+    user's first moment is always train: where the fractions leave nothing else to train on, first valid and then
+    test gives way, and a user of a single moment stays wholly in train. A row without a time is a moment of its own.
 
     Args:
-        rank_B: Place of each row among its user's rows, 0 first.
+        rank_B: Place of each row among its user's rows, 0 first; rows are sorted by user.
         num_rows_B: Number of rows of each row's user.
+        timestamp_ms_B: As `moments_ms` returns, ascending within a user.
         split: The fractions.
     """
-    num_test_B = np.minimum(np.floor(split.test_fraction * num_rows_B + 0.5).astype(np.int64), num_rows_B - 1)
-    num_valid_B = np.floor(split.valid_fraction * num_rows_B + 0.5).astype(np.int64)
-    num_valid_B = np.minimum(num_valid_B, num_rows_B - 1 - num_test_B)
-    from_end_B = num_rows_B - 1 - rank_B
-    split_B = np.where(from_end_B < num_test_B, TEST, np.where(from_end_B < num_test_B + num_valid_B, VALID, TRAIN))
+    row_B = np.arange(len(rank_B))
+    is_first_B = (rank_B == 0) | (timestamp_ms_B == _NO_TIME)
+    is_first_B[1:] |= timestamp_ms_B[1:] != timestamp_ms_B[:-1]
+    # The place among its user's rows of the first row of each row's moment.
+    edge_B = rank_B - (row_B - np.maximum.accumulate(np.where(is_first_B, row_B, 0)))
+    start_U = np.flatnonzero(rank_B == 0)
+    num_rows_U = num_rows_B[start_U]
+    num_first_U = np.add.reduceat(edge_B == 0, start_U, dtype=np.int64)
+
+    def begin(fraction: float, end_U: np.ndarray) -> np.ndarray:
+        """Returns the place where a split that ends before `end_U` begins."""
+        num_held_out_U = np.floor(fraction * num_rows_U + 0.5).astype(np.int64)
+        edge_U = edge_B[start_U + np.clip(end_U - num_held_out_U, 0, num_rows_U - 1)]
+        return np.where(num_held_out_U == 0, end_U, np.minimum(np.maximum(edge_U, num_first_U), end_U))
+
+    test_U = begin(split.test_fraction, num_rows_U)
+    valid_U = begin(split.valid_fraction, test_U)
+    test_B, valid_B = np.repeat(test_U, num_rows_U), np.repeat(valid_U, num_rows_U)
+    split_B = np.where(rank_B >= test_B, TEST, np.where(rank_B >= valid_B, VALID, TRAIN))
     return np.where(num_rows_B < 3, TRAIN, split_B).astype(np.int8)
 
 

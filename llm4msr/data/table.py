@@ -130,6 +130,9 @@ class TableAdapter:
             times = pa.nulls(len(raw), pa.int64())
             if table.timestamp_column:
                 times, bad = columns.to_time_ms(raw[table.timestamp_column], table.timestamp_unit, self._split.timezone)
+                if bad is not None:
+                    other, hint = columns.other_time_unit(raw[table.timestamp_column], table.timestamp_unit)
+                    rows.reject(bad & other, NOT_A_TIME, table.timestamp_column, hint)
                 rows.reject(bad, NOT_A_TIME, table.timestamp_column)
                 rows.require(times, table.timestamp_column)
             rows.add("timestamp_ms", times)

@@ -80,8 +80,8 @@ class BlockBuilder:
         self._bad = np.zeros(len(block.table), bool)
         self._columns: dict[str, pa.Array] = {}
 
-    def reject(self, mask: pa.Array | np.ndarray | None, reason: str, column: str) -> None:
-        """Rejects rows; `mask` is True where, None is nowhere, and `column` is the raw one named in the detail."""
+    def reject(self, mask: pa.Array | np.ndarray | None, reason: str, column: str, hint: str = "") -> None:
+        """Rejects rows; `mask` is True where, None is nowhere; the detail names the raw `column`, then gives `hint`."""
         if mask is None:
             return
         if not isinstance(mask, np.ndarray):
@@ -89,7 +89,7 @@ class BlockBuilder:
         new = mask & ~self._bad
         if new.any():
             raw = self.table.select([column, LINE, RAW])
-            self._rejects.append(reject_rows(raw, pa.array(new), reason, column, self.uri)[1])
+            self._rejects.append(reject_rows(raw, pa.array(new), reason, column, self.uri, hint)[1])
             self._bad |= new
 
     def require(self, values: pa.Array, column: str, reason: str = MISSING_VALUE) -> None:

@@ -15,7 +15,6 @@ summary counts it; beyond `MAX_FAILED_FRACTION`, or for a scenario, the job fail
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -122,7 +121,11 @@ def extract(config: Config) -> str:
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = {"kind": "knowledge", **source, "encoder": identity, "config": config.model_dump(mode="json")}
         storage.write_manifest(uri, manifest | {"created_at": created_at, "summary": summary})
-        logger.info("knowledge is in %s: %s", uri, json.dumps(summary))
+        logger.info(
+            "knowledge of %d of %d users in %s: %d prompts encoded, %d from the store, %d failed, %d shortened",
+            *(summary["num_users_with_knowledge"], summary["num_users"], uri),
+            *(summary["num_encoded"], summary["num_cached"], summary["num_failed"], summary["num_truncated_prompts"]),
+        )
     storage.write_json(place.knowledge_pointer_uri(config), {"directory": uri.rsplit("/", 1)[-1]})
     return uri
 
@@ -133,12 +136,12 @@ def _write_prompts(prepared: PreparedData, identity_digest: str, config: Knowled
     entities = ray.put((users["key"].combine_chunks(), profiles.clean_texts(users["text"]), items))
     sources = [source for source, _ in prepared.files("train")]
     targets = [storage.join(uri, PROMPTS_DIRECTORY, source.rsplit("/", 1)[-1]) for source in sources]
+    # Drawn negatives are no interactions: nothing is said of them.
+    positives_only = prepared.manifest["data"].get("drawn_negatives", 0) > 0
+    settings = (identity_digest, scenarios, config.max_events_per_scenario, positives_only)
     task = ray.remote(write_user_prompts)
     done = ray.get(
-        [
-            task.remote(entities, source, target, identity_digest, scenarios, config.max_events_per_scenario)
-            for source, target in zip(sources, targets, strict=True)
-        ]
+        [task.remote(entities, source, target, *settings) for source, target in zip(sources, targets, strict=True)]
     )
     if not any(len(part) for _, part in done):
         raise DataError(
@@ -147,7 +150,7 @@ def _write_prompts(prepared: PreparedData, identity_digest: str, config: Knowled
         )
     scenarios_uri = storage.join(uri, PROMPTS_DIRECTORY, SCENARIOS_FILE)
     stats = ScenarioStats.merge([stats for stats, _ in done])
-    table = write_scenario_prompts(stats, items, scenarios, scenarios_uri, identity_digest)
+    table = write_scenario_prompts(stats, items, scenarios, scenarios_uri, identity_digest, positives_only)
     write_sample(table["text"].to_pylist(), targets, storage.join(uri, SAMPLE_FILE))
     users_part = pa.concat_tables(part for _, part in done)
     keys = pa.concat_arrays([*table["key"].chunks, *users_part["key"].chunks])

@@ -73,7 +73,7 @@ def user_prompts(
         scenarios: Of the schema, in order.
         max_events: Item texts quoted per scenario, the most recent ones.
     """
-    user, scenario, code = _liked(rows, items)
+    user, scenario, code, recency = _liked(rows, items)
     starts, counts = _segments(user, scenario)
     untitled = np.add.reduceat((code < 0).astype(np.int64), starts) if len(starts) else counts
     # Repeats of a text within a user's scenario become one event, where the most recent of them stood.
@@ -87,6 +87,7 @@ def user_prompts(
     event_ends = np.searchsorted(first, starts + counts)
     event_starts = np.searchsorted(first, starts)
     texts = items.values.take(pa.array(code[first])).to_pylist()
+    event_recency = recency[first].tolist()
 
     def liked(segment: int) -> Liked:
         begin, end = event_starts[segment], min(event_ends[segment], event_starts[segment] + max_events)
@@ -94,7 +95,7 @@ def user_prompts(
             texts[i] if num_repeats[i] == 1 else f"{texts[i]} (x{num_repeats[i]})" for i in range(begin, end)
         )
         name = scenarios[scenario[starts[segment]]].name
-        return Liked(name, int(counts[segment]), int(untitled[segment]), events)
+        return Liked(name, int(counts[segment]), int(untitled[segment]), events, tuple(event_recency[begin:end]))
 
     owners = user[starts]
     bounds = np.append(_segments(owners)[0], len(owners))
@@ -103,13 +104,19 @@ def user_prompts(
         yield row, user_prompt(str(keys[row - 1].as_py()), users.at(row), [liked(s) for s in range(begin, end)])
 
 
-def _liked(rows: pa.Table, items: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns user_row, scenario and text code of the liked rows, by user, scenario, most recent first."""
+def _liked(rows: pa.Table, items: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns user_row, scenario, text code and recency of the liked rows, by user, scenario, most recent first.
+
+    Recency is a rank over a user's rows of all scenarios, smaller is more recent, ties in the order of the scenarios.
+    """
     rows = rows.filter(pc.and_(pc.equal(rows["label"], 1), pc.greater(rows["user_row"], 0)))
     user, scenario = rows["user_row"].to_numpy(), rows["scenario"].to_numpy()
     time = pc.fill_null(rows["timestamp_ms"].cast(pa.int64()), _NO_TIME).to_numpy()
-    order = np.lexsort((-rows["position"].to_numpy(), -time, scenario, user))
-    return user[order], scenario[order], items.codes[rows["item_row"].to_numpy()[order]]
+    position = rows["position"].to_numpy()
+    order = np.lexsort((-position, -time, scenario, user))
+    recency = np.empty(len(order), dtype=np.int64)
+    recency[np.lexsort((-position[order], -time[order], user[order]))] = np.arange(len(order))
+    return user[order], scenario[order], items.codes[rows["item_row"].to_numpy()[order]], recency
 
 
 def _segments(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,8 +181,17 @@ class ScenarioStats:
         )
 
 
-def scenario_facts(stats: ScenarioStats, items: Texts, scenarios: Sequence[Scenario]) -> list[ScenarioFacts]:
-    """Returns what the scenario-level prompts say, in the order of `scenarios`."""
+def scenario_facts(
+    stats: ScenarioStats, items: Texts, scenarios: Sequence[Scenario], positives_only: bool = False
+) -> list[ScenarioFacts]:
+    """Returns what the scenario-level prompts say, in the order of `scenarios`.
+
+    Args:
+        stats: Counts over all training rows.
+        items: Texts of the items.
+        scenarios: Of the schema, in order.
+        positives_only: `stats` counts rows with label 1 alone, so there is no share of positives.
+    """
     num_scenarios = len(scenarios)
     pair_scenario, pair_item = stats.pairs_P % num_scenarios, stats.pairs_P // num_scenarios
     facts = []
@@ -190,7 +206,7 @@ def scenario_facts(stats: ScenarioStats, items: Texts, scenarios: Sequence[Scena
                 name=scenario.name,
                 description=scenario.description,
                 num_rows=int(stats.num_rows_S[index]),
-                num_positive=int(stats.num_positive_S[index]),
+                num_positive=None if positives_only else int(stats.num_positive_S[index]),
                 num_users=int(stats.num_users_SS[index, index]),
                 num_items=int(np.count_nonzero(pair_item[here] > 0)),
                 shared_users=tuple(int(n) for n in stats.num_users_SS[index]),
@@ -200,7 +216,9 @@ def scenario_facts(stats: ScenarioStats, items: Texts, scenarios: Sequence[Scena
     return facts
 
 
-def scenario_prompts(stats: ScenarioStats, items: Texts, scenarios: Sequence[Scenario]) -> list[Prompt]:
-    """Returns one prompt per scenario, in order."""
-    facts = scenario_facts(stats, items, scenarios)
+def scenario_prompts(
+    stats: ScenarioStats, items: Texts, scenarios: Sequence[Scenario], positives_only: bool = False
+) -> list[Prompt]:
+    """Returns one prompt per scenario, in order; arguments as of `scenario_facts`."""
+    facts = scenario_facts(stats, items, scenarios, positives_only)
     return [scenario_prompt(index, facts) for index in range(len(facts))]

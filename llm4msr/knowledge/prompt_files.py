@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm4msr import storage
 from llm4msr.knowledge import profiles
@@ -26,6 +27,7 @@ def write_user_prompts(
     identity_digest: str,
     scenarios: tuple[Scenario, ...],
     max_events: int,
+    positives_only: bool,
 ) -> tuple[ScenarioStats, pa.Table]:
     """Writes the user prompts of one file of training rows.
 
@@ -36,6 +38,7 @@ def write_user_prompts(
         identity_digest: Of the encoder.
         scenarios: Of the schema, in order.
         max_events: Item texts quoted per scenario.
+        positives_only: Count rows with label 1 alone, because the others were drawn and are no interactions.
 
     Returns:
         The file's scenario counts, and subject_row and key of its prompts in order.
@@ -45,18 +48,32 @@ def write_user_prompts(
     prompts = [prompt for _, prompt in subjects]
     table = prompts_table(prompts, [row for row, _ in subjects], prompt_keys(identity_digest, prompts))
     storage.write_parquet(target_uri, table)
-    return ScenarioStats.count(rows, len(scenarios)), table.select(["subject_row", "key"])
+    counted = rows.filter(pc.equal(rows["label"], 1)) if positives_only else rows
+    return ScenarioStats.count(counted, len(scenarios)), table.select(["subject_row", "key"])
 
 
 def write_scenario_prompts(
-    stats: ScenarioStats, items: Texts, scenarios: tuple[Scenario, ...], target_uri: str, identity_digest: str
+    stats: ScenarioStats,
+    items: Texts,
+    scenarios: tuple[Scenario, ...],
+    target_uri: str,
+    identity_digest: str,
+    positives_only: bool,
 ) -> pa.Table:
     """Writes the scenario prompts, in the order of the schema.
+
+    Args:
+        stats: Counts over all files of training rows.
+        items: Texts of the items.
+        scenarios: Of the schema, in order.
+        target_uri: Where the prompts go.
+        identity_digest: Of the encoder.
+        positives_only: As given to `write_user_prompts`.
 
     Returns:
         The prompts as written, schema `prompts.PROMPTS`.
     """
-    prompts = profiles.scenario_prompts(stats, items, scenarios)
+    prompts = profiles.scenario_prompts(stats, items, scenarios, positives_only)
     table = prompts_table(prompts, range(len(prompts)), prompt_keys(identity_digest, prompts))
     storage.write_parquet(target_uri, table)
     return table

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 
 Level = Literal["user", "scenario"]
 
@@ -52,7 +52,8 @@ class Prompt:
         level: What it is about: a user or a scenario.
         subject_id: Raw user id as text, or the scenario's name.
         head: Who or what it is about.
-        events: What is quoted, the one to keep longest first: rank by rank over the sections.
+        events: What is quoted, the one to keep longest first: of a user the most recent over all sections, of a
+            scenario rank by rank over the sections.
         tail: The instruction.
         sections: Lines between head and tail, in order of appearance; each lists its events.
         event_sections: For each event the section that lists it.
@@ -101,16 +102,19 @@ class Liked:
         num_rows: Liked training rows.
         num_untitled: How many of them are items without text.
         events: Item texts, most recent first, repeats merged.
+        recency: Rank of each event in time, comparable over the scenarios of one user, smaller is more recent; where
+            empty, an event's place in the list.
     """
 
     scenario: str
     num_rows: int
     num_untitled: int
     events: tuple[str, ...]
+    recency: tuple[int, ...] = ()
 
 
 def user_prompt(subject_id: str, user_text: str, liked: Sequence[Liked]) -> Prompt:
-    """Returns the user-level prompt.
+    """Returns the user-level prompt; dropping events from the end drops the oldest over all scenarios.
 
     Args:
         subject_id: Raw user id as text; not quoted.
@@ -121,7 +125,9 @@ def user_prompt(subject_id: str, user_text: str, liked: Sequence[Liked]) -> Prom
     for part in liked:
         untitled = f", {part.num_untitled} untitled" if part.num_untitled else ""
         sections.append(f"Liked in {part.scenario} ({part.num_rows}{untitled})")
-    events, event_sections = _by_rank([part.events for part in liked])
+    events, event_sections = _merge(
+        [part.events for part in liked], [part.recency or range(len(part.events)) for part in liked]
+    )
     head = f"User: {user_text.rstrip('.')}." if user_text else ""
     return Prompt("user", subject_id, head, events, USER_TAIL, tuple(sections), event_sections)
 
@@ -134,7 +140,7 @@ class ScenarioFacts:
         name: As in the schema.
         description: As in the schema.
         num_rows: Interactions.
-        num_positive: Interactions with label 1.
+        num_positive: Interactions with label 1; None where only those are counted, so that a share says nothing.
         num_users: Users with at least one interaction.
         num_items: Items with at least one interaction.
         shared_users: For each scenario of the schema, users that interacted in both.
@@ -144,7 +150,7 @@ class ScenarioFacts:
     name: str
     description: str
     num_rows: int
-    num_positive: int
+    num_positive: int | None
     num_users: int
     num_items: int
     shared_users: tuple[int, ...]
@@ -162,7 +168,8 @@ def scenario_prompt(index: int, facts: Sequence[ScenarioFacts]) -> Prompt:
                 f"Other scenario {other.name}: {other.description.rstrip('.')}. {_statistics(other)}; {shared}."
             )
     order = [index, *(i for i in range(len(facts)) if i != index)]
-    events, event_sections = _by_rank([facts[i].most_liked for i in order])
+    most_liked = [facts[i].most_liked for i in order]
+    events, event_sections = _merge(most_liked, [range(len(texts)) for texts in most_liked])
     return Prompt(
         level="scenario",
         subject_id=own.name,
@@ -208,22 +215,22 @@ def prompts_from_table(table: pa.Table) -> list[Prompt]:
     ]
 
 
-def _by_rank(lists: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Merges lists rank by rank, so that dropping from the end takes the last of each list in turn."""
-    ranked = [
-        (texts[rank], section)
-        for rank in range(max(map(len, lists), default=0))
-        for section, texts in enumerate(lists)
-        if rank < len(texts)
-    ]
-    return tuple(text for text, _ in ranked), tuple(section for _, section in ranked)
+def _merge(lists: Sequence[Sequence[str]], ranks: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Merges lists by the rank of their texts, equal ranks in the order of the lists; returns texts and their lists."""
+    ranked = sorted(
+        (
+            (rank, section, text)
+            for section, (texts, of_texts) in enumerate(zip(lists, ranks, strict=True))
+            for text, rank in zip(texts, of_texts, strict=True)
+        ),
+        key=lambda entry: entry[:2],
+    )
+    return tuple(text for _, _, text in ranked), tuple(section for _, section, _ in ranked)
 
 
 def _statistics(facts: ScenarioFacts) -> str:
-    return (
-        f"{facts.num_rows} interactions, {_percent(facts.num_positive, facts.num_rows)} positive, "
-        f"{facts.num_users} users, {facts.num_items} items"
-    )
+    share = "" if facts.num_positive is None else f"{_percent(facts.num_positive, facts.num_rows)} positive, "
+    return f"{facts.num_rows} interactions, {share}{facts.num_users} users, {facts.num_items} items"
 
 
 def _percent(part: int, whole: int) -> str:

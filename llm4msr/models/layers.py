@@ -30,7 +30,8 @@ class FeatureEmbedding(nn.Module):
             It teaches index 1, which a vocabulary without rare values would never train.
 
     Attributes:
-        output_dim: D = (F + number of sequences) * E + number of numeric features.
+        embedded_dim: (F + number of sequences) * E, the leading columns of x.
+        output_dim: D = embedded_dim + number of numeric features.
     """
 
     def __init__(self, schema: FeatureSchema, embedding_dim: int, unseen_dropout: float = 0.0) -> None:
@@ -40,8 +41,8 @@ class FeatureEmbedding(nn.Module):
         self.sequence_tables = nn.ModuleList(_table(f.num_embeddings, embedding_dim) for f in sequences)
         self.id_columns = [i for i, f in enumerate(categorical) if f.name in ("user_id", "item_id")]
         self.unseen_dropout = unseen_dropout
-        num_numeric = len(schema.select("numeric"))
-        self.output_dim = (len(categorical) + len(sequences)) * embedding_dim + num_numeric
+        self.embedded_dim = (len(categorical) + len(sequences)) * embedding_dim
+        self.output_dim = self.embedded_dim + len(schema.select("numeric"))
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Returns x_BD."""

@@ -101,7 +101,7 @@ class MultiScenarioModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logit_B, and the squared norm of each row's embeddings (B,) for their penalty."""
         x_BD = self.embedding(batch)
-        norm_B = x_BD.square().sum(1)
+        norm_B = x_BD[:, : self.embedding.embedded_dim].square().sum(1)
         if self.user_meta is not None:
             x_BD = self.user_meta(x_BD, batch.knowledge_UK, batch.knowledge_index_B)
         logit_B = self.backbone(x_BD, batch.scenario_B)
@@ -141,7 +141,10 @@ def build_model(schema: FeatureSchema, config: ModelConfig, knowledge_dim: int |
 
 
 def set_knowledge(model: MultiScenarioModel, users_UK: torch.Tensor, scenarios_SK: torch.Tensor) -> None:
-    """Gives a fresh model its knowledge: statistics over the users that have any, and the scenarios' vectors.
+    """Gives a fresh model its knowledge: the statistics that standardise it, and the scenarios' vectors.
+
+    Users' vectors are standardised component by component over the users that have any. Scenarios' vectors lose
+    their mean and are divided by the root mean square of the rest, so that they are of unit scale too.
 
     Args:
         model: Built with a knowledge width.
@@ -152,4 +155,7 @@ def set_knowledge(model: MultiScenarioModel, users_UK: torch.Tensor, scenarios_S
         model.user_meta.trunk.set_statistics(users_UK.mean(0), users_UK.std(0, unbiased=False))
     if model.scenario_meta is not None:
         model.scenario_meta.knowledge_SK.copy_(scenarios_SK)
-        model.scenario_meta.trunk.set_statistics(scenarios_SK.mean(0), scenarios_SK.std(unbiased=False))
+        # A few scenarios say nothing about single components: one scale for all, that of what tells them apart.
+        centred_SK = scenarios_SK - scenarios_SK.mean(0)
+        scale = centred_SK.square().mean().sqrt()
+        model.scenario_meta.trunk.set_statistics(scenarios_SK.mean(0), torch.where(scale > 0, scale, 1.0))

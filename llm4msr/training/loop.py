@@ -135,7 +135,7 @@ def train_worker(
         "best_epoch": best_epoch,
         "valid_auc": best_auc,
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_workers": world_size,
+        "world_size": world_size,
         "history": history,
         "seconds": round(time.perf_counter() - started, 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

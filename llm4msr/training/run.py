@@ -13,11 +13,13 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from llm4msr import storage, workspace
-from llm4msr.config import Config, digest
+from llm4msr.config import Config, ConfigError, digest
 from llm4msr.knowledge.place import knowledge_uri
 from llm4msr.training.loop import TrainTask, train_worker
 
 logger = logging.getLogger("llm4msr.training")
+
+TRAIN_VERSION = 1  # part of a run's digest: with other code, a finished run is not the same run
 
 
 def plan_runs(config: Config) -> list[TrainTask]:
@@ -36,6 +38,7 @@ def plan_runs(config: Config) -> list[TrainTask]:
         model = config.model.model_dump(mode="json", exclude={"meta"} if knowledge == "none" else None)
         for seed in config.experiment.seeds:
             depends_on = {
+                "version": TRAIN_VERSION,
                 "prepared": prepared_uri.rsplit("/", 1)[-1],
                 "knowledge_table": place and place.rsplit("/", 1)[-1],
                 "knowledge": knowledge,
@@ -55,16 +58,22 @@ def train(task: TrainTask) -> dict[str, Any]:
     Ray must be initialised. With 0 workers the loop runs in this process; otherwise in a DDP group of Ray Train.
 
     Raises:
+        ConfigError: More workers are asked for than this machine can run.
         TrainingError: Training cannot go on.
         ray.train.TrainingFailedError: A worker failed.
     """
     if storage.is_finished(task.checkpoint_uri):
         logger.info("%s: already trained", task.name)
         return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0))
     num_workers = task.config.train.num_workers
     if num_workers == "auto":
         num_workers = num_gpus
+    limit, unit = (num_gpus, "GPUs") if num_gpus else (int(resources.get("CPU", 0)), "CPUs")
+    if num_workers > limit and not os.environ.get("RAY_ADDRESS"):
+        # A cluster may grow; this machine does not, and Ray Train would wait for the missing workers for ever.
+        raise ConfigError(f"train.num_workers: {num_workers} workers need as many {unit}, this machine has {limit}")
     if num_workers == 0:
         # One processor is left to the thread that collates batches; on a busy machine more threads only wait.
         torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
@@ -76,6 +85,7 @@ def train(task: TrainTask) -> dict[str, Any]:
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=num_gpus > 0),
         run_config=RunConfig(name=task.name, storage_path=path, storage_filesystem=filesystem),
     ).fit()
+    storage.remove(storage.join(task.run_uri, "ray"))  # Ray Train's own records
     return result.return_value
 
 

@@ -48,7 +48,7 @@ def as_table(records: list[tuple], first_row: int) -> pa.Table:
     )  # fmt: skip
 
 
-def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int = 4) -> None:
+def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int = 4, drawn: int = 0) -> None:
     """Writes what `jobs.prepare` would have written."""
     uri = storage.join(workspace.prepared_root(config), name)
     users = {"key": [100 + i for i in range(num_users)], "text": ["24 years old", *[""] * (num_users - 1)]}
@@ -64,7 +64,7 @@ def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int 
             storage.write_parquet(storage.join(uri, entry["file"]), as_table(records, 100 * bucket))
             files.setdefault(split, []).append(entry)
     storage.write_json(storage.join(uri, "schema.json"), SCHEMA.to_json())
-    storage.write_manifest(uri, {"kind": "prepared", "files": files})
+    storage.write_manifest(uri, {"kind": "prepared", "files": files, "data": {"drawn_negatives": drawn}})
     storage.write_json(workspace.prepared_pointer_uri(config), {"directory": name})
 
 
@@ -166,6 +166,23 @@ def test_only_what_the_store_lacks_is_encoded(ray_cluster, tmp_path):
     storage.remove(storage.join(second, "manifest.json"))
     with pytest.raises(StorageError, match=broken.name):
         extract(config)
+
+
+def test_drawn_negatives_are_no_interactions(ray_cluster, tmp_path):
+    config = make_config(str(tmp_path))
+    prepare(config, "given", TRAIN)
+    given = (Path(extract(config)) / "prompts.txt").read_text()
+    assert given.startswith("Scenario search: users type a query. 4 interactions, 75.0% positive, 3 users, 2 items.\n")
+    prepare(config, "drawn", TRAIN, drawn=2)
+    drawn = (Path(extract(config)) / "prompts.txt").read_text()
+    assert drawn.startswith(
+        "Scenario search: users type a query. 3 interactions, 2 users, 1 items.\n"
+        "Other scenario feed: an endless list. 3 interactions, 2 users, 2 items; "
+        "50.0% of search's users are here too.\n"
+    )
+    assert "positive" not in drawn
+    # What the users liked is the same.
+    assert drawn[drawn.index("User: ") :] == given[given.index("User: ") :]
 
 
 def test_nobody_liked_anything(ray_cluster, tmp_path):

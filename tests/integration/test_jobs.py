@@ -19,7 +19,8 @@ from jobs.report import print_table, summarise
 from jobs.session import user_message
 from jobs.train import train
 from llm4msr import storage, workspace
-from llm4msr.knowledge.place import knowledge_uri
+from llm4msr.config import ConfigError
+from llm4msr.knowledge.place import knowledge_pointer_uri, knowledge_uri
 from llm4msr.ranker import Ranker, RankRequest
 from llm4msr.settings import load_config
 
@@ -79,7 +80,7 @@ def test_report_has_every_row_and_field(finished):
 def test_everything_is_below_the_workspace_with_its_configuration(finished):
     config, report = finished
     assert sorted(os.listdir(config.workspace_uri)) == ["knowledge", "prepared", "raw", "report.json", "runs"]
-    saved = storage.read_json(storage.join(report["checkpoint_uri"], "config.json"))
+    saved = storage.read_json(storage.join(config.workspace_uri, report["checkpoint"], "config.json"))
     assert saved == report["config"]
     for uri in (workspace.prepared_uri(config), knowledge_uri(config)):
         assert storage.read_manifest(uri, "")["config"] == report["config"]
@@ -90,11 +91,10 @@ def test_a_second_run_does_nothing_again(finished):
     times = {uri: storage.fingerprint(uri) for uri, _ in storage.list_files(config.workspace_uri)}
     again = run_pipeline(config)
     assert again["results"] == report["results"]
-    changed = [uri for uri, version in times.items() if storage.fingerprint(uri) != version]
-    # The report is new; pointers are written again with the same content.
-    assert [uri for uri in changed if "/prepared/" not in uri and "/knowledge/" not in uri] == [
-        workspace.report_uri(config)
-    ]
+    assert storage.read_json(workspace.report_uri(config))["seconds"] == report["seconds"]
+    changed = {uri for uri, version in times.items() if storage.fingerprint(uri) != version}
+    # Pointers are written again, with the same content.
+    assert changed <= {workspace.prepared_pointer_uri(config), knowledge_pointer_uri(config)}
 
 
 def test_the_four_jobs_one_by_one_give_the_same_results(finished, tmp_path):
@@ -125,15 +125,17 @@ def test_printed_request_is_answered(finished):
     config, report = finished
     words = shlex.split(example_request(workspace.prepared_uri(config)))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/rank"]
-    response = Ranker.from_checkpoint(report["checkpoint_uri"]).rank(RankRequest(**json.loads(words[-1])))
-    assert response.user_known and response.knowledge_known
+    response = Ranker.from_checkpoint(storage.join(config.workspace_uri, report["checkpoint"])).rank(
+        RankRequest(**json.loads(words[-1]))
+    )
+    assert response.user_known
     assert len(response.results) == 5 and all(r.known for r in response.results)
 
 
-def test_served_checkpoint_is_the_best_with_knowledge(finished):
+def test_the_best_run_on_valid_is_served_and_never_the_control(finished):
     _, report = finished
-    best = max((r for r in report["runs"] if r["knowledge"] == "llm"), key=lambda r: r["valid_auc"])
-    assert best["model_version"] in report["checkpoint_uri"]
+    best = max((r for r in report["runs"] if r["knowledge"] != "shuffled"), key=lambda r: r["valid_auc"])
+    assert report["checkpoint"] == f"runs/{best['model_version']}/checkpoint"
 
 
 def test_table_shows_each_model_in_each_scenario(capsys):
@@ -185,6 +187,23 @@ def test_a_mistake_in_the_data_is_one_clear_message(tmp_path, shared):
     assert failed.returncode == 2
     assert "u.user" in failed.stderr and "Traceback" not in failed.stderr
     assert not storage.exists(str(tmp_path / "w" / "report.json"))
+
+
+MISTAKES = {
+    "backbone": ({"model.backbone": "sttar"}, "model.backbone: Input should be 'shared_bottom' or 'star'"),
+    "levels": ({"model.meta.user_level": "false", "model.meta.scenario_level": "false"}, "are both off"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_model_that_cannot_be_built_is_refused_before_anything_runs(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        small_config(tmp_path, **flags)
+
+
+def test_a_job_without_a_recipe_does_nothing():
+    started = run("jobs.prepare")
+    assert started.returncode == 2 and "--config" in started.stderr and "jobs/recipes" in started.stderr
 
 
 def test_train_before_prepare_says_what_to_run(tmp_path, ray_cluster):

@@ -16,7 +16,8 @@ from llm4msr.data.source import DataError
 from llm4msr.schema import SPLITS, Feature
 from llm4msr.settings import config_from_dict
 
-# Two users in two scenarios. "u2" has a row twice (merged); "u3" only has a feature row; "u2" has none.
+# Two users in two scenarios, both labels of each in valid. "u2" has a row twice (merged); "u3" only has a feature row;
+# "u2" has none.
 HAND_MADE = (
     HEADER
     + "u1,10,home,1,1000,0,phone,1\n"
@@ -27,6 +28,9 @@ HAND_MADE = (
     + "u1,10,search,0,2000,0,,\n"
     + "u2,20,home,1,3999,1,phone,1\n"
     + "u1,30,home,1,4000,0,phone,1\n"
+    + "u1,20,search,1,2000,1,phone,3\n"
+    + "u1,10,home,1,2000,2,phone,3\n"
+    + "u1,20,home,0,2000,3,phone,3\n"
 )
 HAND_MADE_USERS = "key,city,text\nu3,Oslo,third\nu1,Rome,first\n"
 MOMENTS = {
@@ -73,20 +77,23 @@ class TestPrepare:
             ("train", "u1", 10, 0, 1, 1000, 0, 2, pytest.approx(-2 / std)),
             ("train", "u1", 20, 0, 0, 1000, 1, 2, 0.0),
             ("train", "u2", 10, 1, 1, 1500, 0, 3, pytest.approx(2 / std)),
-            ("valid", "u1", 10, 1, 0, 2000, 2, 1, 0.0),
+            ("valid", "u1", 10, 0, 1, 2000, 4, 2, 0.0),
+            ("valid", "u1", 10, 1, 0, 2000, 2, 0, 0.0),
+            ("valid", "u1", 20, 0, 0, 2000, 5, 2, 0.0),
+            ("valid", "u1", 20, 1, 1, 2000, 3, 2, 0.0),
         ]
-        assert sorted(row[-1] for row in rows_of(data, "row_id")) == list(range(6))
+        assert sorted(row[-1] for row in rows_of(data, "row_id")) == list(range(9))
 
         block = data.manifest["data"]
-        assert (block["raw_rows"], block["merged_rows"], block["after_test_until"]) == (8, 1, 1)
+        assert (block["raw_rows"], block["merged_rows"], block["after_test_until"]) == (11, 1, 1)
         assert (block["num_users"], block["num_items"]) == (3, 3)
         assert block["split"]["valid_from_ms"] == 2000
         assert {"split": "train", "scenario": "home", "num_rows": 2, "num_positives": 1} in block["rows"]
-        assert (data.num_rows("train"), data.num_rows("train", "search"), data.num_rows("valid", "home")) == (3, 1, 0)
+        assert (data.num_rows("train"), data.num_rows("train", "search"), data.num_rows("valid", "home")) == (3, 1, 2)
         assert {"split": "test", "scenario": "search", "user_share": 0.0, "item_share": 1.0} in block["unseen"]
         assert {"split": "test", "scenario": "all", "user_share": 0.0, "item_share": 0.5} in block["unseen"]
-        assert {"split": "valid", "scenario": "home", "user_share": None, "item_share": None} in block["unseen"]
-        assert block["label_share"] == {"home": 2 / 3, "search": 1 / 3, "all": 0.5}
+        assert {"split": "valid", "scenario": "home", "user_share": 0.0, "item_share": 0.0} in block["unseen"]
+        assert block["label_share"] == {"home": 3 / 5, "search": 2 / 4, "all": 5 / 9}
         assert data.manifest["scenarios"] == ["home", "search"]
 
     def test_values_seen_less_than_min_count_share_index_1(self, tmp_path):
@@ -124,17 +131,17 @@ class TestPrepare:
 
     def test_damaged_rows_are_kept_beside_the_data_and_fail_above_the_limit(self, tmp_path):
         write(tmp_path, "part-0.csv", HAND_MADE.replace("u2,20,home,1", "u2,20,home,maybe"))
-        data = run(tmp_path, split=MOMENTS, max_rejected_fraction=0.125)
+        data = run(tmp_path, split=MOMENTS, max_rejected_fraction=0.1)
         assert data.manifest["data"]["rejected"] == [{"role": "events", "reason": "label is not 0 or 1", "num_rows": 1}]
-        assert data.manifest["data"]["raw_rows"] == 8
+        assert data.manifest["data"]["raw_rows"] == 11
         rejects = storage.read_parquet(storage.join(data.uri, "rejects.parquet")).to_pylist()
         assert [(row["line"], row["detail"]) for row in rejects] == [(8, "maybe")]
 
-        config = config_of(tmp_path, split=MOMENTS, max_rejected_fraction=0.12)
+        config = config_of(tmp_path, split=MOMENTS, max_rejected_fraction=0.09)
         with pytest.raises(DataError) as caught:
             prepare(config, TinyAdapter(str(tmp_path / "raw")))
         message = str(caught.value)
-        assert "events: 1 of 8 rows (12.50%) are damaged; data.max_rejected_fraction allows 12.00%" in message
+        assert "events: 1 of 11 rows (9.09%) are damaged; data.max_rejected_fraction allows 9.00%" in message
         assert f"{tmp_path}/raw/part-0.csv:8 label is not 0 or 1 maybe" in message
         kept = message.rsplit(" ", 1)[-1]
         assert storage.read_parquet(kept).num_rows == 1
@@ -145,11 +152,22 @@ class TestPrepare:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("u1,10,search,0,2000", "u1,10,search,0,1999", "the valid split has no rows"),
+            (",2000,", ",1999,", "the valid split has no rows"),
             (
                 "u2,10,search,1,1500",
                 "u2,10,search,1,2500",
-                r"scenario 'search' has no train rows.*valid: home 0, search 2",
+                r"scenario 'search' has no train rows.*valid: home 2, search 3",
+            ),
+            (
+                "u1,20,home,0,2000",
+                "u1,20,home,1,2000",
+                r"scenario 'home' has 2 positive and 0 negative rows, its AUC is not defined\. Each scenario needs "
+                r"rows of both labels in valid: change data\.split\.valid_from and test_from.* with valid_from 1970",
+            ),
+            (
+                "u1,20,search,1,2000",
+                "u1,20,search,1,3000",
+                r"the valid split cannot stop the training: scenario 'search' has 0 positive and 1 negative rows",
             ),
             ("u1,10,search,0,2000", "u1,10,search,0,", r"1 rows have none, such as user 'u1', item 10"),
         ],
@@ -158,6 +176,39 @@ class TestPrepare:
         write(tmp_path, "part-0.csv", HAND_MADE.replace(old, new))
         with pytest.raises(DataError, match=message):
             run(tmp_path, split=MOMENTS)
+
+    def test_a_scenario_that_lacks_a_label_in_test_is_named_in_the_log(self, tmp_path, caplog):
+        write(tmp_path, "part-0.csv", HAND_MADE)
+        with caplog.at_level("WARNING", logger="llm4msr.data"):
+            run(tmp_path, split=MOMENTS)
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            "test: scenario 'home' has 1 positive and 0 negative rows, its AUC is not defined",
+            "test: scenario 'search' has 0 positive and 1 negative rows, its AUC is not defined",
+        ]
+
+    def test_an_error_shows_the_damaged_rows_of_the_role_that_has_too_many(self, tmp_path):
+        good = "".join(f"u{n % 49},{n % 7},home,{n}\n" for n in range(994))
+        write(tmp_path, "interactions.csv", "user_id,item_id,scenario,time\n" + "u0,1,home,soon\n" * 6 + good)
+        write(tmp_path, "users.csv", "user_id\n" + "".join(f"u{n}\n" for n in range(49)) + "u7\n")
+        config = config_of(
+            tmp_path,
+            negatives_per_positive=1,
+            max_rejected_fraction=0.01,
+            table={"timestamp_column": "time", "users": "users.csv"},
+        )
+        with pytest.raises(DataError) as caught:
+            prepare(config)
+        lines = str(caught.value).splitlines()
+        assert lines[:-1] == [
+            "users: 1 of 50 rows (2.00%) are damaged; data.max_rejected_fraction allows 1.00%",
+            f"  {tmp_path}/raw/users.csv:51 duplicate key column 'user_id': found 'u7'",
+        ]
+        assert storage.read_parquet(lines[-1].rsplit(" ", 1)[-1]).num_rows == 7
+
+        write(tmp_path, "interactions.csv", "user_id,item_id,scenario,time\n" + "u0,1,home,soon\n" * 60 + good)
+        with pytest.raises(DataError) as caught:
+            prepare(config)
+        assert [line.split(" ")[2].rsplit(":", 1)[-1] for line in str(caught.value).splitlines()[1:-1]] == list("23456")
 
     def test_a_worker_that_cannot_read_its_task_is_an_error_not_a_hang(self, tmp_path):
         write(tmp_path, "part-0.csv", HAND_MADE)
@@ -174,7 +225,7 @@ class TestPrepare:
 @pytest.mark.usefixtures("ray_cluster")
 def test_object_store_to_object_store(bucket):
     """Raw files and workspace in S3."""
-    lines = "".join(f"u{n % 4},{n % 7},home,{n}\n" for n in range(40))
+    lines = "".join(f"u{n % 4},{n % 30},home,{n}\n" for n in range(40))
     with storage.atomic_write(f"s3://{bucket}/raw/interactions.csv") as file:
         file.write(("user_id,item_id,scenario,time\n" + lines).encode())
     data = {

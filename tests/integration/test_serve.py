@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -258,7 +259,8 @@ def processes_of(mark: str) -> dict[int, str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_the_command(checkpoint_uri, tmp_path, number):
     """Starts, says what to do, answers what it proposed, and leaves nothing running."""
-    storage.write_json(str(tmp_path / "report.json"), {"checkpoint_uri": checkpoint_uri})
+    shutil.copytree(checkpoint_uri, tmp_path / "runs" / "x")
+    storage.write_json(str(tmp_path / "report.json"), {"checkpoint": "runs/x"})
     port, mark = free_port(), f"SERVE_TEST_MARK={tmp_path}"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= dict([mark.split("=", 1)])

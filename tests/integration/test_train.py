@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_config, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
+from llm4msr.config import ConfigError
 from llm4msr.evaluation import evaluate_checkpoint, evaluate_item_mean
 from llm4msr.ranker import Ranker
 from llm4msr.training.loop import TrainingError, TrainTask, load_knowledge
@@ -35,15 +36,21 @@ def make_task(root, name, knowledge="llm", seed=0, **tree):
 def test_any_number_of_workers_reaches_the_same_quality(places, ray_cluster):
     test_auc = {}
     for num_workers in (0, 1, 2):
-        settings = {"max_epochs": 12, "batch_size": 128, "learning_rate": 0.02, "num_workers": num_workers}
+        settings = {"max_epochs": 10, "batch_size": 128, "learning_rate": 0.01, "num_workers": num_workers}
         task = make_task(places, f"workers{num_workers}", train=settings)
         metadata = train(task)
-        assert metadata["num_workers"] == max(num_workers, 1)
+        assert metadata["world_size"] == max(num_workers, 1)
         rows = evaluate_checkpoint(task.checkpoint_uri, task.prepared_uri)
         test_auc[num_workers] = next(r["auc"] for r in rows if (r["split"], r["scenario"]) == ("test", "all"))
     assert test_auc[0] == pytest.approx(test_auc[1], abs=1e-6)  # the same steps in the same order
     assert test_auc[2] == pytest.approx(test_auc[0], abs=0.015)
     assert min(test_auc.values()) > 0.75
+
+
+def test_more_workers_than_processors_are_refused(places, ray_cluster):
+    task = make_task(places, "many", train={"num_workers": 64, "batch_size": 64})
+    with pytest.raises(ConfigError, match=r"train\.num_workers: 64 workers need as many CPUs, this machine has 4"):
+        train(task)
 
 
 def test_a_finished_run_is_not_trained_again(places, ray_cluster):
@@ -75,8 +82,10 @@ def iter_test_rows(prepared_uri):
 
 
 def test_best_epoch_is_what_the_checkpoint_holds(places, ray_cluster):
-    """With a learning rate far too high the last epoch is not the best; valid AUC of the file is the best one's."""
-    task = make_task(places, "best", train={"max_epochs": 5, "patience": 5, "learning_rate": 0.15, "batch_size": 128})
+    """On few rows later epochs overfit, so the last is not the best; valid AUC of the file is the best one's."""
+    tiny_prepared(str(places / "few" / "prepared"), num_rows=1200)
+    tiny_knowledge().save(str(places / "few" / "knowledge"))
+    task = make_task(places / "few", "best", train={"max_epochs": 15, "patience": 15, "learning_rate": 0.05})
     metadata = train(task)
     history = [h["valid_auc"] for h in metadata["history"]]
     assert metadata["valid_auc"] == max(history)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -124,6 +126,10 @@ def test_map_by_scenario_puts_rows_back():
     x_BD, scenario_B = torch.arange(10.0).unsqueeze(1), torch.tensor([1, 0, 2, 1, 1, 0, 2, 2, 0, 1])
     out = map_by_scenario(x_BD, scenario_rows(scenario_B, 4), lambda s, x: x.squeeze(1) * 10 + s)
     torch.testing.assert_close(out, x_BD.squeeze(1) * 10 + scenario_B)
+
+
+def test_configuration_offers_exactly_these_backbones():
+    assert set(get_args(ModelConfig.model_fields["backbone"].annotation)) == set(BACKBONES)
 
 
 def test_unknown_backbone_names_the_valid_ones():

@@ -49,6 +49,17 @@ def test_categorical_null_and_unknown_become_1():
     assert features.encode_categorical(pa.array(["a"]), pa.array([], pa.string())).tolist() == [1]
 
 
+def test_an_absent_context_value_is_padding_and_an_unknown_one_is_unseen():
+    rows = pa.table({"source": pa.array(["b", None, "z", "a"]), "price": pa.array([1.0, None, 5.0, 3.0])})
+    fitted = [
+        Feature("source", "categorical", "context", num_embeddings=4),
+        Feature("price", "numeric", "context", mean=3.0, std=2.0),
+    ]
+    encoded = features.encode_context(rows, fitted, {"source": pa.array(["a", "b"])})
+    assert encoded["source"].equals(pa.array([3, 0, 1, 2], pa.int32()))
+    assert encoded["price"].to_pylist() == [-1.0, 0.0, 1.0, 0.0]
+
+
 def test_sequence_keeps_the_first_values_and_pads_with_0():
     values = pa.chunked_array([[["a", "b", "a"], None], [[], ["z", None], ["b"]]], pa.list_(pa.string()))
     encoded = features.encode_sequence(values, pa.array(["a", "b"]), 2)

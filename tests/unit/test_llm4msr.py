@@ -148,6 +148,29 @@ def test_user_level_residual_is_the_paper_formula(prepared, rows):
     torch.testing.assert_close(model(batch)[0], model.backbone(h_BD, batch.scenario_B), atol=1e-5, rtol=1e-5)
 
 
+def test_knowledge_is_standardised_to_unit_scale():
+    """Scenario prompts are much alike: what tells them apart must not be lost in what they share."""
+    model = build(knowledge=True)
+    shared, own = torch.randn(8) * 10, torch.randn(2, 8) * 0.1
+    users_UK = torch.randn(50, 8) * 3 + 5
+    set_knowledge(model, users_UK, shared + own)
+    trunk, knowledge_SK = model.scenario_meta.trunk, model.scenario_meta.knowledge_SK
+    standardised_SK = (knowledge_SK - trunk.mean_K) / trunk.std_K
+    torch.testing.assert_close(standardised_SK.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    standardised_UK = (users_UK - model.user_meta.trunk.mean_K) / model.user_meta.trunk.std_K
+    torch.testing.assert_close(standardised_UK.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
+    set_knowledge(model, users_UK, shared.expand(2, 8))  # nothing tells them apart: no division by zero
+    assert torch.isfinite(model.scenario_meta.trunk(model.scenario_meta.knowledge_SK)).all()
+
+
+def test_penalty_is_the_squared_norm_of_the_embeddings_alone(prepared, rows):
+    model = build(knowledge=False).eval()
+    batch = collator(prepared, None)(rows)
+    x_BD = model.embedding(batch)
+    assert x_BD.shape[1] == 4 * 5 + 2  # four categorical features, one sequence, two numbers
+    torch.testing.assert_close(model(batch)[1], x_BD[:, :20].square().sum(1))
+
+
 def test_scenario_level_adds_its_logit(prepared, rows):
     model = build(user_level=False).eval()
     batch = collator(prepared, tiny_knowledge())(rows)

@@ -6,15 +6,25 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from llm4msr import storage
 from llm4msr.knowledge.fitting import fit
 from llm4msr.knowledge.profiles import ScenarioStats, clean_texts, scenario_facts, scenario_prompts, user_prompts
-from llm4msr.knowledge.prompts import USER_TAIL, Liked, prompts_from_table, prompts_table, user_prompt
+from llm4msr.knowledge.prompt_files import write_user_prompts
+from llm4msr.knowledge.prompts import (
+    PROMPT_VERSION,
+    USER_TAIL,
+    Liked,
+    prompts_from_table,
+    prompts_table,
+    user_prompt,
+)
 from llm4msr.knowledge.store import prompt_keys
 from llm4msr.schema import Scenario
 
 SCENARIOS = (Scenario("search", "users type a query"), Scenario("feed", "an endless list"))
 ITEMS = clean_texts(pa.array(["tea", "coffee", "", "pan", None, "tea"]))  # item rows 1 to 6
 USERS = clean_texts(pa.array(["24 years old, male, technician", "", None]))
+PLAIN = clean_texts(pa.array(["e1", "e2", "e3", "e4", "e5", "e6"]))
 KEYS = pa.array([501, 502, 503])
 
 
@@ -65,6 +75,41 @@ def test_equal_and_absent_times_are_ordered_by_position():
     for time in (7, None):
         table = rows((2, 1, 0, 1, time, 1), (2, 2, 0, 1, time, 2), (2, 4, 0, 1, time, 0))
         assert prompts_of(table)[2].startswith("Liked in search (3): coffee; tea; pan\n")
+
+
+def events_of(table: pa.Table, max_events: int = 12) -> list[tuple[str, ...]]:
+    return [p.events for _, p in user_prompts(table, KEYS, USERS, PLAIN, SCENARIOS, max_events)]
+
+
+def test_the_most_recent_events_over_all_scenarios_are_kept_longest():
+    # Both events of the feed are newer than all three of the search, whatever their rank there.
+    table = rows(
+        *[(1, 1, 0, 1, 10, 0), (1, 2, 0, 1, 20, 1), (1, 3, 0, 1, 30, 2)],
+        *[(1, 4, 1, 1, 40, 3), (1, 5, 1, 1, 50, 4)],
+    )
+    ((_, prompt),) = user_prompts(table, KEYS, USERS, PLAIN, SCENARIOS, 12)
+    assert prompt.events == ("e5", "e4", "e3", "e2", "e1")
+    head = "User: 24 years old, male, technician.\n"
+    assert prompt.text() == f"{head}Liked in search (3): e3; e2; e1\nLiked in feed (2): e5; e4\n{USER_TAIL}"
+    assert prompt.text(num_events=3) == f"{head}Liked in search (3): e3\nLiked in feed (2): e5; e4\n{USER_TAIL}"
+    assert prompt.text(num_events=2) == f"{head}Liked in search (3)\nLiked in feed (2): e5; e4\n{USER_TAIL}"
+    # At most so many per scenario, before anything is dropped.
+    assert events_of(table, max_events=1) == [("e5", "e3")]
+
+
+def test_interleaved_events_of_each_user_are_in_order_of_time():
+    table = rows(
+        *[(2, 6, 0, 1, 5, 0), (2, 1, 1, 1, 6, 1)],
+        *[(1, 1, 1, 1, 10, 0), (1, 2, 0, 1, 20, 1), (1, 3, 0, 1, 30, 2), (1, 4, 1, 1, 40, 3), (1, 5, 0, 1, 50, 4)],
+        *[(1, 2, 0, 1, 45, 9), (1, 6, 1, 0, 99, 10)],  # e2 again, after e4; e6 was not liked
+    )
+    assert events_of(table) == [("e5", "e2 (x2)", "e4", "e3", "e1"), ("e1", "e6")]
+
+
+@pytest.mark.parametrize("time", [7, None])
+def test_equal_and_absent_times_over_scenarios_go_by_position_then_scenario(time):
+    table = rows((1, 1, 1, 1, time, 3), (1, 2, 0, 1, time, 2), (1, 3, 1, 1, time, 1), (1, 4, 0, 1, time, 1))
+    assert events_of(table) == [("e1", "e2", "e4", "e3")]
 
 
 def test_items_without_text_are_counted_not_quoted():
@@ -126,11 +171,45 @@ def test_scenario_prompt_says_what_is_shared_and_what_differs():
     assert feed.text().startswith("Scenario feed: an endless list. 2 interactions")
 
 
+def test_no_share_of_positives_where_only_those_are_counted():
+    table = rows((1, 1, 0, 1, 1, 0), (2, 1, 0, 1, 3, 0), (2, 2, 0, 1, 4, 1), (2, 2, 1, 1, 1, 0))
+    stats = ScenarioStats.count(table, 2)
+    assert [f.num_positive for f in scenario_facts(stats, ITEMS, SCENARIOS)] == [3, 1]
+    assert [f.num_positive for f in scenario_facts(stats, ITEMS, SCENARIOS, positives_only=True)] == [None, None]
+    search, _ = scenario_prompts(stats, ITEMS, SCENARIOS, positives_only=True)
+    assert search.text().startswith(
+        "Scenario search: users type a query. 3 interactions, 2 users, 2 items.\n"
+        "Other scenario feed: an endless list. 1 interactions, 1 users, 1 items; "
+        "50.0% of search's users are here too.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("positives_only", "num_rows", "num_items", "num_users"),
+    [(False, [4, 3], [3, 2], [[2, 2], [2, 3]]), (True, [2, 1], [2, 1], [[2, 1], [1, 1]])],
+)
+def test_drawn_rows_are_not_counted(tmp_path, positives_only, num_rows, num_items, num_users):
+    table = rows(
+        *[(1, 1, 0, 1, 1, 0), (1, 4, 0, 0, 1, 0), (2, 2, 0, 1, 1, 0), (2, 4, 0, 0, 1, 0)],
+        *[(2, 1, 1, 1, 2, 1), (1, 2, 1, 0, 2, 1), (3, 2, 1, 0, 2, 1)],
+    )
+    source, target = str(tmp_path / "rows.parquet"), str(tmp_path / "prompts.parquet")
+    storage.write_parquet(source, table)
+    stats, written = write_user_prompts((KEYS, USERS, ITEMS), source, target, "id", SCENARIOS, 12, positives_only)
+    assert written["subject_row"].to_pylist() == [1, 2]
+    assert stats.num_rows_S.tolist() == num_rows
+    assert stats.num_positive_S.tolist() == [2, 1]
+    assert stats.num_users_SS.tolist() == num_users
+    facts = scenario_facts(stats, ITEMS, SCENARIOS, positives_only)
+    assert [f.num_items for f in facts] == num_items
+    assert [f.most_liked for f in facts] == [("tea", "coffee"), ("tea",)]
+
+
 def long_prompt():
     return user_prompt("u", "old", [Liked("a", 4, 0, ("a1", "a2", "a3", "a4")), Liked("b", 2, 0, ("b1", "b2"))])
 
 
-def test_dropping_takes_the_oldest_of_each_scenario_in_turn():
+def test_dropping_goes_by_place_in_the_lists_where_no_recency_is_given():
     prompt = long_prompt()
     assert prompt.events == ("a1", "b1", "a2", "b2", "a3", "a4")
     assert prompt.text(4) == f"User: old.\nLiked in a (4): a1; a2\nLiked in b (2): b1; b2\n{USER_TAIL}"
@@ -172,6 +251,10 @@ def test_fit_handles_prompts_of_one_batch_each_by_itself():
     together = fit(prompts, words, 20)
     assert together == [fit([p], words, 20)[0] for p in prompts]
     assert [f.num_dropped_events > 0 for f in together] == [True, False, True]
+
+
+def test_the_version_goes_up_with_what_is_quoted():
+    assert PROMPT_VERSION == 2
 
 
 def test_prompts_survive_their_table_and_keys_follow_content():

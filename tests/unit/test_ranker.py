@@ -172,12 +172,22 @@ class TestRank:
         with pytest.raises(RequestError, match="3 is not a text id"):
             self.ask(ranker, user=3)
 
-    def test_context_left_out_counts_as_unseen(self, ranker):
-        """An unseen category has index 1, a number that is not given is its mean."""
-        left_out = self.ask(ranker)
-        unseen = self.ask(ranker, context={"search_source": "never seen", "price": 5.0})
+    def test_context_left_out_is_padding_and_not_unseen(self, ranker, test_rows):
+        """An absent category has index 0, one that is given but unknown 1; a number that is not given is its mean."""
+        row = take(test_rows, [0]) | {
+            "user_row": np.array([1], np.int32),
+            "item_row": np.array([1], np.int32),
+            "scenario": np.array([0], np.int32),
+            "price": np.array([0.0], np.float32),
+        }
+        absent, unseen = (ranker.score(row | {"search_source": np.array([i], np.int32)})[0] for i in (0, 1))
+        assert abs(absent - unseen) > 1e-5
 
-        assert unseen.results == left_out.results
+        for context in (None, {"price": 5.0}, {"search_source": None}):
+            answer = self.ask(ranker, items=[7000], context=context)
+            assert answer.results[0].score == pytest.approx(absent, abs=TOLERANCE)
+        answer = self.ask(ranker, items=[7000], context={"search_source": "never seen"})
+        assert answer.results[0].score == pytest.approx(unseen, abs=TOLERANCE)
 
     @pytest.mark.parametrize(
         ("change", "field", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from types import UnionType
@@ -28,8 +29,8 @@ def workspace(tmp_path_factory) -> Path:
     """What a pipeline leaves, as far as serving is concerned."""
     folder = tmp_path_factory.mktemp("workspace")
     prepared = tiny_prepared(str(folder / "prepared"))
-    uri = tiny_checkpoint(str(folder / "runs" / "x" / "checkpoint"), prepared, None)
-    storage.write_json(str(folder / "report.json"), {"checkpoint_uri": uri})
+    tiny_checkpoint(str(folder / "runs" / "x" / "checkpoint"), prepared, None)
+    storage.write_json(str(folder / "report.json"), {"checkpoint": "runs/x/checkpoint"})
     return folder
 
 
@@ -63,6 +64,11 @@ class TestCheckpoint:
 
         assert uri == str(workspace / "runs" / "x" / "checkpoint")
 
+    def test_a_moved_workspace_is_served_from_where_it_is_now(self, workspace, tmp_path):
+        moved = shutil.copytree(workspace, tmp_path / "moved")
+
+        assert find_checkpoint(ServeArgs(workspace_uri=str(moved))) == str(moved / "runs" / "x" / "checkpoint")
+
     def test_a_relative_place_is_made_absolute(self, monkeypatch, tmp_path):
         """Replicas have another working directory."""
         monkeypatch.chdir(tmp_path)
@@ -79,7 +85,7 @@ class TestCheckpoint:
     def test_a_report_of_something_else(self, tmp_path):
         storage.write_json(str(tmp_path / "report.json"), {"results": []})
 
-        with pytest.raises(storage.StorageError, match="names no checkpoint_uri"):
+        with pytest.raises(storage.StorageError, match="names no checkpoint:"):
             build_app({"workspace_uri": str(tmp_path)})
 
     def test_a_bad_checkpoint_is_found_before_it_is_deployed(self, workspace, tmp_path):

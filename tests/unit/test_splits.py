@@ -92,20 +92,50 @@ def test_quantiles_keep_rows_of_one_moment_together_and_ignore_rows_after_the_en
         splits.quantile_thresholds(moments, num_rows, split, 50)
 
 
-def _per_user(n: int, valid: float, test: float) -> list[int]:
+def _per_user(n: int, valid: float, test: float, times: list[int | None] | None = None) -> list[int]:
     rank, num_rows = splits.rank_in_user(np.zeros(n, int))
-    return splits.split_per_user(rank, num_rows, SplitConfig(valid_fraction=valid, test_fraction=test)).tolist()
+    moments = splits.moments_ms(pa.array(range(n) if times is None else times, pa.int64()))
+    return splits.split_per_user(
+        rank, num_rows, moments, SplitConfig(valid_fraction=valid, test_fraction=test)
+    ).tolist()
 
 
-def test_the_last_rows_of_each_user_are_held_out():
-    assert _per_user(10, 0.1, 0.2) == [0] * 7 + [1] + [2, 2]
-    assert _per_user(5, 0.1, 0.1) == [0, 0, 0, 1, 2]  # 0.5 rounds up
-    assert _per_user(4, 0.1, 0.1) == [0, 0, 0, 0]
-    assert _per_user(2, 0.45, 0.45) == [0, 0]  # fewer than three rows
-    assert _per_user(3, 0.4, 0.5) == [0, 2, 2]  # valid gives way so that one row stays in train
-    assert _per_user(3, 0.09, 0.9) == [0, 2, 2]
+@pytest.mark.parametrize("have_times", [True, False])
+def test_the_last_rows_of_each_user_are_held_out(have_times):
+    def held_out(n: int, valid: float, test: float) -> list[int]:
+        return _per_user(n, valid, test, None if have_times else [None] * n)
+
+    assert held_out(10, 0.1, 0.2) == [0] * 7 + [1] + [2, 2]
+    assert held_out(5, 0.1, 0.1) == [0, 0, 0, 1, 2]  # 0.5 rounds up
+    assert held_out(4, 0.1, 0.1) == [0, 0, 0, 0]
+    assert held_out(2, 0.45, 0.45) == [0, 0]  # fewer than three rows
+    assert held_out(3, 0.4, 0.5) == [0, 2, 2]  # valid gives way so that one row stays in train
+    assert held_out(3, 0.09, 0.9) == [0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("times", "valid", "test", "expected"),
+    [
+        # Test would begin with the second 7, valid with the second 5: each moment goes to the later split.
+        ([1, 2, 3, 4, 5, 5, 5, 7, 7, 7], 0.2, 0.2, [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        # Boundaries that fall between moments stay where they are.
+        ([1, 1, 1, 1, 1, 1, 5, 5, 7, 7], 0.2, 0.2, [0] * 6 + [1, 1, 2, 2]),
+        # The first moment is train whatever the fractions ask for: valid gives way, then test.
+        ([1, 1, 1, 1, 1, 7, 7, 7, 7, 7], 0.1, 0.1, [0] * 5 + [2] * 5),
+        ([1, 1, 1, 1, 1, 1, 1, 1, 8, 9], 0.1, 0.5, [0] * 8 + [2, 2]),
+        ([4, 4, 4, 4, 4], 0.2, 0.4, [0] * 5),
+        # Rows without a time are not of one moment; they sort first.
+        ([None, None, None, None, 3], 0.2, 0.2, [0, 0, 0, 1, 2]),
+    ],
+)
+def test_rows_of_one_moment_are_not_torn_apart(times, valid, test, expected):
+    assert _per_user(len(times), valid, test, times) == expected
 
 
 def test_users_are_split_one_by_one():
+    """The last row of one user and the first of the next share a moment and are still apart."""
     rank, num_rows = splits.rank_in_user(np.array([1, 1, 2, 2, 2, 2, 2]))
-    assert splits.split_per_user(rank, num_rows, SplitConfig()).tolist() == [0, 0, 0, 0, 0, 1, 2]
+    moments = np.array([4, 5, 5, 6, 7, 8, 9])
+    assert splits.split_per_user(rank, num_rows, moments, SplitConfig()).tolist() == [0, 0, 0, 0, 0, 1, 2]
+    nobody = np.array([], np.int64)
+    assert splits.split_per_user(nobody, nobody, nobody, SplitConfig()).tolist() == []
