@@ -8,14 +8,17 @@ Axes: R rows, S scenarios, C bins.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from llm4msr.schema import ALL_SCENARIOS
 
-# Bins over the logit: rows of one bin count as tied. Wide enough for any calibrated score, fine enough that few share.
-NUM_BINS = 16_384
-LOGIT_RANGE = 16.0
+# Bins over asinh(logit): rows of one bin count as tied. 0.0003 wide around logit 0, wider outwards, up to 10,000: an
+# overconfident model's logits keep their order too.
+NUM_BINS = 65_536
+ASINH_RANGE = math.asinh(1e4)
 SCORE_EPSILON = 1e-7
 
 
@@ -125,7 +128,8 @@ class BinnedAuc:
 
     def update(self, scenario_B: torch.Tensor, label_B: torch.Tensor, logit_B: torch.Tensor) -> None:
         """Counts one batch."""
-        place_B = (logit_B.double() / LOGIT_RANGE).clamp(-1, 1).add(1).mul(NUM_BINS / 2).long().clamp(max=NUM_BINS - 1)
+        share_B = (logit_B.double().asinh() / ASINH_RANGE).clamp(-1, 1)
+        place_B = share_B.add(1).mul(NUM_BINS / 2).long().clamp(max=NUM_BINS - 1)
         flat_B = (scenario_B * 2 + label_B.long()) * NUM_BINS + place_B
         self.counts_S2C += torch.bincount(flat_B.cpu(), minlength=self.counts_S2C.numel()).view_as(self.counts_S2C)
 

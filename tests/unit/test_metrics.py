@@ -98,5 +98,6 @@ def test_binned_auc_is_exact_to_its_bound_and_merges_as_counts():
 
 def test_binned_auc_takes_logits_beyond_its_range():
     counts = BinnedAuc(1)
-    counts.update(torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([99.0, -99.0, 15.9]))
-    assert counts.compute() == [1.0]
+    logit_B = torch.tensor([99.0, -1e9, 15.9, 30.0, 31.0, 1e9])
+    counts.update(torch.zeros(6, dtype=torch.int64), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0]), logit_B)
+    assert counts.compute() == [7 / 8]  # of eight pairs only (15.9, 30) is in the wrong order
