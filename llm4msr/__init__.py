@@ -1,3 +1,3 @@
 """Multi-scenario recommendation enhanced by a large language model (LLM4MSR), distributed with Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,10 +1,11 @@
 """Rows to tensors: the one encoding path of training, evaluation and serving.
 
 A prepared row names its user and item by their rows in the feature tables; `Collator` gathers their features and
-the distinct users' knowledge from memory. Context features come with the row. Nothing here knows where rows come
-from, so a request is encoded exactly as a training row is.
+the knowledge of the distinct users and items from memory. Context features come with the row. Nothing here knows
+where rows come from, so a request is encoded exactly as a training row is.
 
-Axes: B rows, F categorical features, N numeric features, T sequence length, U distinct users + 1, K knowledge width.
+Axes: B rows, F categorical features, N numeric features, T sequence length, U distinct users or items + 1, K knowledge
+width.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Batch:
         row_id_B: int64.
         knowledge_UK: float32 knowledge of the batch's distinct users; row 0 is zeros = none. None without knowledge.
         knowledge_index_B: int64 rows of knowledge_UK.
+        item_knowledge_UK: The same of the batch's distinct items.
+        item_knowledge_index_B: int64 rows of item_knowledge_UK.
     """
 
     ids_BF: torch.Tensor
@@ -45,6 +48,8 @@ class Batch:
     row_id_B: torch.Tensor
     knowledge_UK: torch.Tensor | None = None
     knowledge_index_B: torch.Tensor | None = None
+    item_knowledge_UK: torch.Tensor | None = None
+    item_knowledge_index_B: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scenario_B)
@@ -111,12 +116,25 @@ class Collator:
         schema: Names the context columns that rows carry.
         users: Features by user_row.
         items: Features by item_row.
-        knowledge: Knowledge by user_row; None for a model without it.
+        knowledge: Knowledge by user_row and item_row; None for a model without it.
+
+    Raises:
+        ValueError: The knowledge is of another number of users or items.
     """
 
     def __init__(
         self, schema: FeatureSchema, users: EntityFeatures, items: EntityFeatures, knowledge: KnowledgeTable | None
     ) -> None:
+        if knowledge is not None:
+            for level, rows, index_N in (
+                ("users", len(users.ids), knowledge.user_index_N),
+                ("items", len(items.ids), knowledge.item_index_N),
+            ):
+                if len(index_N) != rows:
+                    raise ValueError(
+                        f"the knowledge table is of {len(index_N) - 1} {level}, the data has {rows - 1}: "
+                        "it was extracted from other data"
+                    )
         self.users = users
         self.items = items
         self.knowledge = knowledge
@@ -137,13 +155,17 @@ class Collator:
                 out[:, i] = rows[column]
             return torch.from_numpy(out)
 
-        knowledge_UK = knowledge_index_B = None
+        knowledge = {}
         if self.knowledge is not None:
-            distinct_U, index_B = np.unique(self.knowledge.user_index_N[user_row_B], return_inverse=True)
-            if len(distinct_U) == 0 or distinct_U[0] != 0:  # row 0 = none is always there, for dropout
-                distinct_U, index_B = np.concatenate([[0], distinct_U]), index_B + 1
-            knowledge_UK = torch.from_numpy(self.knowledge.users_NK[distinct_U].astype(np.float32))
-            knowledge_index_B = torch.from_numpy(index_B.astype(np.int64))
+            table = self.knowledge
+            user_UK, user_B = _gather_distinct(table.users_NK, table.user_index_N[user_row_B])
+            item_UK, item_B = _gather_distinct(table.items_NK, table.item_index_N[item_row_B])
+            knowledge = {
+                "knowledge_UK": user_UK,
+                "knowledge_index_B": user_B,
+                "item_knowledge_UK": item_UK,
+                "item_knowledge_index_B": item_B,
+            }
         return Batch(
             ids_BF=gather("ids", self.context_ids, np.int64),
             numeric_BN=gather("numeric", self.context_numeric, np.float32),
@@ -155,6 +177,13 @@ class Collator:
             scenario_B=torch.from_numpy(rows["scenario"].astype(np.int64)),
             label_B=torch.from_numpy(rows["label"].astype(np.float32)),
             row_id_B=torch.from_numpy(rows["row_id"].astype(np.int64)),
-            knowledge_UK=knowledge_UK,
-            knowledge_index_B=knowledge_index_B,
+            **knowledge,
         )
+
+
+def _gather_distinct(vectors_NK: np.ndarray, row_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the distinct vectors that rows name (float32; row 0 is that of no knowledge) and each row's place."""
+    distinct_U, index_B = np.unique(row_B, return_inverse=True)
+    if len(distinct_U) == 0 or distinct_U[0] != 0:  # row 0 = none is always there, for dropout
+        distinct_U, index_B = np.concatenate([[0], distinct_U]), index_B + 1
+    return torch.from_numpy(vectors_NK[distinct_U].astype(np.float32)), torch.from_numpy(index_B.astype(np.int64))

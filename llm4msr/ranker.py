@@ -2,7 +2,8 @@
 
 A ranker is a loaded checkpoint. Raw ids become table rows, context values become indices, rows become a batch as in
 training, and the model's logit becomes a score. Unknown users and items are scored with their unseen features and
-are named in the response.
+are named in the response. An item that training never saw is scored with its features and, where the model has item
+knowledge, with what the language model knows of it.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Ranker:
         }
         score_N = self.score(rows)[index_N]
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
-        knowledge = self.checkpoint.knowledge
+        knowledge = self.checkpoint.knowledge if self.checkpoint.model.user_meta is not None else None
         return RankResponse(
             model_version=self.model_version,
             user_known=user_row > 0,

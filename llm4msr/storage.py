@@ -17,12 +17,13 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -170,7 +171,7 @@ def read_json(uri: str) -> Any:
 def write_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> None:
     """Writes one Parquet file, whole or not at all."""
     with atomic_write(uri) as file:
-        pq.write_table(table, file, row_group_size=row_group_size, compression="zstd")
+        pq.write_table(table, file, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
@@ -185,16 +186,41 @@ def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     wanted = None if columns is None else list(columns)
     tables = []
     for name, _ in files:
-        fs, path = arrow_filesystem(name)
-        try:
-            with pq.ParquetFile(path, filesystem=fs) as file:
-                if wanted is not None and (missing := set(wanted) - set(file.schema_arrow.names)):
-                    raise StorageError(f"{name}: columns {sorted(missing)} are missing")
-                table = file.read(wanted)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"{name}: not a readable Parquet file: {error}") from error
-        tables.append(table if wanted is None else table.select(wanted))
+        with _open_parquet(name, wanted) as file:
+            tables.append(file.read(wanted))
+    tables = tables if wanted is None else [table.select(wanted) for table in tables]
     return pa.concat_tables(tables) if len(tables) > 1 else tables[0]
+
+
+def read_rows(uri: str, columns: Iterable[str], rows: Sequence[int] | np.ndarray) -> pa.Table:
+    """Reads some rows of one Parquet file, in the order given; row groups that hold none of them are not read.
+
+    Raises:
+        StorageError: The file is missing or damaged, or lacks a column.
+    """
+    wanted, rows = list(columns), np.asarray(rows, np.int64)
+    with _open_parquet(uri, wanted) as file:
+        sizes = np.array([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)], np.int64)
+        starts = np.cumsum(sizes) - sizes
+        group = np.searchsorted(np.cumsum(sizes), rows, side="right")
+        groups, place = np.unique(group, return_inverse=True)
+        table = file.read_row_groups(groups.tolist(), wanted).select(wanted)
+        first = np.cumsum(sizes[groups]) - sizes[groups]
+        return table.take(rows - starts[group] + first[place])
+
+
+@contextmanager
+def _open_parquet(uri: str, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
+    fs, path = arrow_filesystem(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True) as file:
+            if columns is not None and (missing := set(columns) - set(file.schema_arrow.names)):
+                raise StorageError(f"{uri}: columns {sorted(missing)} are missing")
+            yield file
+    except FileNotFoundError as error:
+        raise StorageError(f"{uri}: no such file") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StorageError(f"{uri}: not a readable Parquet file: {error}") from error
 
 
 def write_manifest(uri: str, value: dict[str, Any]) -> None:

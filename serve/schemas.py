@@ -124,7 +124,7 @@ class ModelReply(Closed):
     backbone: str
     """Name of the backbone."""
     knowledge: str
-    """none: the backbone alone; llm: with knowledge; shuffled: with other users' knowledge (a control)."""
+    """none: the backbone alone; llm: with knowledge; shuffled: with knowledge of others (a control)."""
     scenarios: list[ScenarioReply]
     """In the order of their index."""
     features: list[FeatureReply]

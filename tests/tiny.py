@@ -113,14 +113,22 @@ def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: 
     return PreparedData.open(uri)
 
 
-def tiny_knowledge(width: int = 8, seed: int = 0) -> KnowledgeTable:
-    """Random vectors; the last five users have none."""
+def tiny_knowledge(width: int = 8, seed: int = 0, items: bool = False) -> KnowledgeTable:
+    """Random vectors; the last five users have none, nor, where items have any, the last four items."""
     rng = np.random.default_rng(seed)
-    users_NK = rng.normal(size=(NUM_USERS - 5 + 1, width)).astype(np.float16)
-    users_NK[0] = 0
-    index = np.zeros(NUM_USERS + 1, np.int32)
-    index[1 : NUM_USERS - 5 + 1] = np.arange(1, NUM_USERS - 5 + 1)
-    return KnowledgeTable(users_NK, index, rng.normal(size=(2, width)).astype(np.float32))
+    users_NK, user_index_N = tiny_vectors(rng, NUM_USERS, NUM_USERS - 5, width)
+    scenarios_SK = rng.normal(size=(2, width)).astype(np.float32)
+    items_NK, item_index_N = tiny_vectors(rng, NUM_ITEMS, NUM_ITEMS - 4 if items else 0, width)
+    return KnowledgeTable(users_NK, user_index_N, scenarios_SK, items_NK, item_index_N)
+
+
+def tiny_vectors(rng: np.random.Generator, num_rows: int, num_with: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """One random vector for each of the first `num_with` rows, row 0 in front; and the index of all rows."""
+    vectors_NK = rng.normal(size=(num_with + 1, width)).astype(np.float16)
+    vectors_NK[0] = 0
+    index_N = np.zeros(num_rows + 1, np.int32)
+    index_N[1 : num_with + 1] = np.arange(1, num_with + 1)
+    return vectors_NK, index_N
 
 
 def tiny_config(**tree) -> Config:
@@ -139,10 +147,11 @@ def tiny_checkpoint(uri: str, prepared: PreparedData, knowledge: KnowledgeTable 
     """Writes a checkpoint with random weights large enough that scores differ; returns its place."""
     config = tiny_config(**tree)
     torch.manual_seed(seed)
-    model = build_model(prepared.schema, config.model, knowledge.width if knowledge else None)
-    if knowledge is not None:
-        users_UK = torch.from_numpy(knowledge.users_NK[1:].astype(np.float32))
-        set_knowledge(model, users_UK, torch.from_numpy(knowledge.scenarios_SK))
+    if knowledge is None:
+        model = build_model(prepared.schema, config.model, None)
+    else:
+        model = build_model(prepared.schema, config.model, knowledge.width, knowledge.has_items)
+        set_knowledge(model, knowledge)
     with torch.no_grad():
         for table in (*model.embedding.tables, *model.embedding.sequence_tables):
             table.weight[1:].normal_(std=1.0)

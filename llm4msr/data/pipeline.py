@@ -49,7 +49,7 @@ from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.splits import TEST, Thresholds
 from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 
 _log = logging.getLogger("llm4msr.data")
 
@@ -194,6 +194,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
             ]
             for s, split in enumerate(SPLITS)
         },
+        "num_buckets": plan.num_buckets,
         "scenarios": names,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {

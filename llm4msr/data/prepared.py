@@ -9,7 +9,7 @@ Layout of a prepared directory (written once by `llm4msr.data.pipeline.prepare`,
 * <split>/bucket-NNNNN.parquet       `schema.rows_schema`; one user's rows of a split lie in one file; a bucket
                                      without rows in a split has no file there
 * rejects.parquet                    `schema.REJECTS`
-* manifest.json                      kind, data (the report block), files, thresholds, config, scenarios, created_at,
+* manifest.json                      kind, data (the report block), files, num_buckets, config, scenarios, created_at,
                                      versions
 
 Streaming, shuffling and batching rows is not done here.

@@ -78,11 +78,15 @@ class Plan:
 
 
 def choose_num_buckets(configured: int | str, shards: Sequence[Shard]) -> int:
-    """Returns data.num_buckets, or where that is auto a number that follows the size of the interaction files."""
+    """Returns data.num_buckets, or where that is auto a power of two that follows the size of the interaction files.
+
+    As logs grow the number doubles, so each new bucket lies inside one old bucket.
+    """
     if isinstance(configured, int):
         return configured
     num_bytes = sum(shard.num_bytes for shard in shards)
-    return max(-(-num_bytes // BYTES_PER_BUCKET), 2 if num_bytes > BYTES_OF_ONE_BUCKET else 1)
+    num_buckets = max(-(-num_bytes // BYTES_PER_BUCKET), 2 if num_bytes > BYTES_OF_ONE_BUCKET else 1)
+    return 1 << (num_buckets - 1).bit_length()
 
 
 def parse_shard(index: int, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pool of actors that encode prompts: cutting the work into units, running them, and saying how far it is.
+"""The pool of actors that encode prompts: how many, what one does with a unit of work, and running all units.
 
 An actor commits what it encoded to the store itself, so vectors never travel through Ray and every finished unit
 survives whatever happens next.
@@ -6,31 +6,37 @@ survives whatever happens next.
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
-import threading
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
+from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from llm4msr import storage
 from llm4msr.config import ConfigError, KnowledgeConfig
-from llm4msr.knowledge.encoder import Device, Encoder
-from llm4msr.knowledge.model_files import EMBEDDED, EncoderError
+from llm4msr.knowledge.engines.build import build_engine
+from llm4msr.knowledge.engines.interface import BatchDone, Engine, Hardware, OnBatch
+from llm4msr.knowledge.engines.model_files import EMBEDDED, EncoderError
+from llm4msr.knowledge.plan import num_planned
+from llm4msr.knowledge.progress import Monitor, Reading
 from llm4msr.knowledge.prompts import PARTS, prompts_from_table
-from llm4msr.knowledge.store import EncodedBatch, KnowledgeStore
+from llm4msr.knowledge.store import KnowledgeStore, keys_to_numpy
 
-PROGRESS_SECONDS = 5.0
 # The embedded encoder runs one thread per actor: on two idle cores that is as fast as one actor of two threads (82
 # prompts of 88 tokens per second), on busy ones at least twice as fast, since threads of one actor wait for each other.
 # A model that may be large is not loaded once per core: one actor then takes up to this many CPUs.
 MAX_CPUS_PER_ACTOR = 8
+UNITS_AHEAD = 2  # that wait at an actor, so that it never waits for one; more would leave others idle at the end
+STORAGE_ATTEMPTS = 6
+# On a CPU, torch and oneDNN keep up to 1,024 plans each, one per shape of a batch: half a gigabyte for the embedded
+# model in bfloat16, and no faster. Read when the libraries are loaded, so it must stand in the process's environment.
+CPU_ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 logger = logging.getLogger("llm4msr.knowledge")
 
@@ -40,93 +46,76 @@ class Pool:
     """Actors and what each of them occupies.
 
     Attributes:
-        num_actors: Actors.
-        num_gpus: GPUs per actor, 0 or 1.
+        min_actors: Actors that are always there.
+        max_actors: Actors at most; the pool grows while units wait.
+        num_gpus: GPUs per actor: 0, a share of one, or whole ones.
         num_cpus: CPUs per actor and torch threads of its process.
     """
 
-    num_actors: int
-    num_gpus: int
+    min_actors: int
+    max_actors: int
+    num_gpus: float
     num_cpus: int
 
     @property
-    def device(self) -> Device:
+    def device(self) -> Literal["cpu", "cuda"]:
         """Where the actors' models run."""
         return "cuda" if self.num_gpus else "cpu"
 
 
 def plan_pool(config: KnowledgeConfig, num_gpus: int, num_cpus: int) -> Pool:
-    """Returns the actors for a cluster: one per GPU, or without any, as many as its CPUs are good for.
+    """Returns the actors for a cluster: as many as its GPUs hold, or without any, as its CPUs are good for.
 
     Args:
         config: `num_actors` where it is not "auto" is taken as it is.
-        num_gpus: GPUs of the cluster.
-        num_cpus: CPUs of the cluster.
+        num_gpus: GPUs of the cluster as it is now.
+        num_cpus: CPUs of the cluster as it is now.
 
     Raises:
-        ConfigError: More actors are asked for than can ever run at once.
+        ConfigError: More actors are asked for than can run at once on a cluster that does not grow, or GPUs that are
+            not there without saying how many actors.
     """
-    if num_gpus:
-        num_actors = num_gpus if config.num_actors == "auto" else config.num_actors
-        pool = Pool(num_actors, 1, max(1, min(num_cpus // num_actors, MAX_CPUS_PER_ACTOR)))
-        available, kind = num_gpus, "GPUs"
-    else:
-        per_actor = 1 if config.model == EMBEDDED else min(num_cpus, MAX_CPUS_PER_ACTOR)
-        num_actors = max(1, num_cpus // per_actor) if config.num_actors == "auto" else config.num_actors
-        pool = Pool(num_actors, 0, max(1, min(num_cpus // num_actors, MAX_CPUS_PER_ACTOR)))
-        available, kind = num_cpus, "CPUs"
-    if pool.num_actors > available:
+    on_gpu = config.engine != "openai" and (config.device == "cuda" or (config.device == "auto" and num_gpus > 0))
+    fit_on_gpus = math.floor(num_gpus / config.gpus_per_actor)
+    own_cpus = None if config.cpus_per_actor == "auto" else config.cpus_per_actor
+    if config.num_actors != "auto":
+        low, high = (config.num_actors,) * 2 if isinstance(config.num_actors, int) else config.num_actors
+    elif on_gpu and not fit_on_gpus:
         raise ConfigError(
-            f"knowledge.num_actors {pool.num_actors}: the cluster has {available} {kind}; give at most that"
+            f"knowledge.gpus_per_actor {config.gpus_per_actor:g}: the cluster has {num_gpus} GPUs now; on one that "
+            "grows give knowledge.num_actors, for example [1, 8], so that its autoscaler knows how many to start"
         )
-    return pool
-
-
-def cut_units(
-    keys: pa.Array, missing: pa.Array, files: Sequence[tuple[str, int]], rows_per_unit: int
-) -> list[list[dict[str, Any]]]:
-    """Cuts the prompts to be encoded into units of work; of equal prompts one is encoded.
-
-    Args:
-        keys: Keys of all prompts, file after file.
-        missing: Distinct keys that must be encoded.
-        files: (uri, number of prompts) of the prompt files, in the order of `keys`.
-        rows_per_unit: Prompts per unit at most.
-
-    Returns:
-        Per unit the files it reads and which records of each: ``[{"uri": ..., "records": [...]}, ...]``.
-    """
-    place = pc.index_in(keys, value_set=missing)
-    wanted = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
-    _, first = np.unique(place.filter(place.is_valid()).to_numpy(), return_index=True)
-    wanted = wanted[np.sort(first)]
-    ends = np.cumsum([num_rows for _, num_rows in files])
-    units = []
-    for start in range(0, len(wanted), rows_per_unit):
-        records = wanted[start : start + rows_per_unit]
-        owner = np.searchsorted(ends, records, side="right")
-        units.append(
-            [
-                {"uri": files[f][0], "records": (records[owner == f] - (ends[f] - files[f][1])).tolist()}
-                for f in np.unique(owner)
-            ]
+    elif on_gpu:
+        low = high = fit_on_gpus
+    else:
+        wanted = own_cpus or (MAX_CPUS_PER_ACTOR if config.engine != "openai" and config.model != EMBEDDED else 1)
+        low = high = 1 if config.engine == "openai" else max(1, num_cpus // min(wanted, num_cpus))
+    ceiling = 1 if config.engine == "openai" else MAX_CPUS_PER_ACTOR
+    per_actor = own_cpus or max(1, min(num_cpus // low, ceiling))
+    fit = fit_on_gpus if on_gpu else num_cpus // per_actor
+    if isinstance(config.num_actors, int) and low > fit:
+        have = f"{num_gpus} GPUs" if on_gpu else f"{num_cpus} CPUs"
+        raise ConfigError(
+            f"knowledge.num_actors {low}: the cluster has {have}, enough for {fit}; give at most that, or "
+            "[fewest, most] on a cluster that grows"
         )
-    return units
+    return Pool(low, high, config.gpus_per_actor if on_gpu else 0, per_actor)
 
 
 class EncodeUnit:
     """One actor of the pool: loads the model once, then encodes and commits one unit of work after the other.
 
     Args:
-        config: The language model.
+        config: The language model; its dtype is resolved.
         identity: As the driver found it.
         store_root: Directory of all knowledge stores.
+        files: URIs of the files of prompts.
         device: Where the model runs.
         num_threads: CPU threads of the model.
-        on_batch: Told the number of prompts of each batch when it is done.
+        num_actors: Actors that share the rate limits of an endpoint.
+        on_ready: Told what the actor runs on once its model is loaded.
+        on_batch: Told after each batch what it did.
 
-    Raises:
-        EncoderError: The model on this node is not the driver's.
     """
 
     def __init__(
@@ -134,112 +123,164 @@ class EncodeUnit:
         config: KnowledgeConfig,
         identity: dict[str, Any],
         store_root: str,
-        device: Device,
+        files: tuple[str, ...],
+        device: Literal["cpu", "cuda"],
         num_threads: int,
-        on_batch: Callable[[int], None] | None = None,
+        num_actors: int = 1,
+        on_ready: Callable[[Hardware], None] | None = None,
+        on_batch: OnBatch | None = None,
     ) -> None:
-        self._encoder = Encoder(config, device, num_threads)
-        if self._encoder.identity != identity:
-            raise EncoderError(
-                f"knowledge.model {config.model!r} differs between nodes: the driver has {identity}, "
-                f"{ray.util.get_node_ip_address()} has {self._encoder.identity}"
-            )
+        self._config, self._identity = config, identity
+        self._place = (device, num_threads, num_actors)
         self._store = KnowledgeStore(store_root, identity)
-        self._on_batch = on_batch
+        self._files = files
+        self._on_ready, self._on_batch = on_ready, on_batch
+        self._engine: Engine | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Runs the units in column ``unit`` (JSON) and returns the failures (JSON) of each."""
-        return pa.table({"failures": [json.dumps(self.run(json.loads(unit))) for unit in batch["unit"].to_pylist()]})
+        """Runs the units in column ``unit``; returns for each how many of its prompts have no vector."""
+        return pa.table({"num_failed": pa.array([self.run(unit) for unit in batch["unit"].to_pylist()], pa.int64())})
 
-    def run(self, unit: list[dict[str, Any]]) -> dict[str, str]:
-        """Encodes and commits one unit; returns the errors of prompts without a vector, by key."""
-        table = pa.concat_tables(storage.read_parquet(f["uri"], ["key", *PARTS]).take(f["records"]) for f in unit)
-        keys = table["key"].to_pylist()
-        batch = self._encoder.encode(prompts_from_table(table), self._on_batch)
-        good = np.flatnonzero([error is None for error in batch.errors])
-        if len(good):
-            kept = EncodedBatch(
-                batch.vectors[good],
-                batch.num_tokens[good],
-                batch.num_dropped_events[good],
-                batch.num_cut_characters[good],
-                (None,) * len(good),
-            )
-            self._store.commit([keys[i] for i in good], kept)
-        return {key: error for key, error in zip(keys, batch.errors, strict=True) if error}
+    def run(self, unit: list[dict[str, Any]]) -> int:
+        """Encodes and commits one unit, unless it was committed; returns how many of its prompts have no vector.
+
+        Raises:
+            EncoderError: The model on this node is not the driver's, or cannot be loaded.
+        """
+        table = read_unit(self._files, unit)
+        keys = keys_to_numpy(table["key"])
+        uri = self._store.part_uri(keys)
+        if _persistently(storage.exists)(uri):
+            errors = _persistently(storage.read_parquet)(uri, ["error"])["error"]
+            if errors.null_count == len(errors):
+                return 0  # done by an actor that died before it could say so
+        batch = self._loaded().encode(prompts_from_table(table), self._on_batch)
+        _persistently(self._store.commit)(keys, batch)
+        return sum(error is not None for error in batch.errors)
+
+    def _loaded(self) -> Engine:
+        """Returns the engine, loaded on first use: what goes wrong then reaches the driver as it was raised."""
+        if self._engine is None:
+            engine = build_engine(self._config, *self._place)
+            if engine.identity != self._identity:
+                raise EncoderError(
+                    f"knowledge.model {self._config.model!r} differs between nodes: the driver has {self._identity}, "
+                    f"{ray.util.get_node_ip_address()} has {engine.identity}"
+                )
+            self._engine = engine
+            if self._on_ready is not None:
+                self._on_ready(engine.hardware)
+        return self._engine
+
+
+def read_unit(files: tuple[str, ...], unit: list[dict[str, Any]]) -> pa.Table:
+    """Returns the prompts of one unit: columns key and `prompts.PARTS`."""
+    return pa.concat_tables(
+        _persistently(storage.read_rows)(files[part["file"]], ["key", *PARTS], part["records"]) for part in unit
+    )
+
+
+def _persistently(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Repeats a call to the storage that failed for a reason that may pass, after longer and longer waits."""
+    return retry(
+        retry=retry_if_exception_type((OSError, TimeoutError)),
+        wait=wait_random_exponential(multiplier=0.5, max=20),
+        stop=stop_after_attempt(STORAGE_ATTEMPTS),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )(call)
 
 
 def encode_units(
-    units: Sequence[list[dict[str, Any]]],
+    units: pa.Table,
+    files: tuple[str, ...],
     config: KnowledgeConfig,
     identity: dict[str, Any],
     store_root: str,
     pool: Pool,
-) -> dict[str, str]:
-    """Runs all units on a pool of actors, logging progress; returns the errors of prompts without a vector, by key."""
-    total = sum(len(file["records"]) for unit in units for file in unit)
-    counter = ray.remote(_Counter).options(num_cpus=0).remote()
-    work = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    results = work.map_batches(
-        EncodeUnit,
-        fn_constructor_kwargs={
-            "config": config,
-            "identity": identity,
-            "store_root": store_root,
-            "device": pool.device,
-            "num_threads": pool.num_cpus,
-            "on_batch": lambda num_prompts: counter.add.remote(num_prompts),
-        },
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(pool.num_actors, len(units))),
-        num_gpus=pool.num_gpus or None,
-        num_cpus=pool.num_cpus,
-    )
-    failures: dict[str, str] = {}
-    ended, started = threading.Event(), time.monotonic()
-    watcher = threading.Thread(target=_log_progress, args=(counter, total, ended), daemon=True)
-    watcher.start()
-    try:
-        for row in results.iter_rows():
-            failures |= json.loads(row["failures"])
-    finally:
-        ended.set()
-        watcher.join()
-    logger.info("encoded all %d prompts in %.0f s", total, time.monotonic() - started)
-    return failures
-
-
-class _Counter:
-    """Adds up what the actors have done; what a restarted actor does again counts again."""
-
-    def __init__(self) -> None:
-        self._total = 0
-
-    def add(self, number: int) -> None:
-        self._total += number
-
-    def total(self) -> int:
-        return self._total
-
-
-def _log_progress(counter: Any, total: int, ended: threading.Event) -> None:
-    started = time.monotonic()
-    while not ended.wait(PROGRESS_SECONDS):
-        done = min(ray.get(counter.total.remote()), total)
-        if not done:
-            started = time.monotonic()  # the rate leaves out the time in which models are loaded
-        logger.info(progress_line(done, total, time.monotonic() - started) if done else "loading the language model")
-
-
-def progress_line(done: int, total: int, seconds: float) -> str:
-    """Returns how far the encoding is, how fast, and when it should end.
+    tensorboard_uri: str,
+    max_failed: int,
+) -> tuple[Reading, int]:
+    """Runs all units on a pool of actors, logging progress.
 
     Args:
-        done: Prompts encoded so far, at least one.
-        total: Prompts to encode.
-        seconds: Time it took.
+        units: Rows of `plan.PLAN`.
+        files: URIs of the files of prompts.
+        config: The language model; its dtype is resolved.
+        identity: Of the engine.
+        store_root: Directory of all knowledge stores.
+        pool: The actors.
+        tensorboard_uri: Directory for TensorBoard's files.
+        max_failed: With more prompts without a vector there is no point in going on.
+
+    Returns:
+        What was achieved, and how many prompts have no vector; more than `max_failed` where the job was given up.
+
+    Raises:
+        EncoderError: The model cannot be used.
     """
-    rate = done / max(seconds, 1e-9)
-    left = round((total - done) / rate)
-    return f"encoded {done}/{total} prompts, {rate:.1f} prompts/s, {left // 60} min {left % 60} s left"
+    total = num_planned(units)
+    tally = ray.remote(_Tally).options(num_cpus=0, max_concurrency=1).remote()
+    work = ray.data.from_arrow([units.slice(i, 1).combine_chunks() for i in range(len(units))])
+    on_ready, on_batch = (lambda hardware: tally.ready.remote(hardware)), (lambda done: tally.add.remote(done))
+    if config.engine == "vllm":
+        from llm4msr.knowledge.vllm_units import encode_rows
+
+        tally.ready.remote(Hardware("vllm"))
+        read, limits = functools.partial(read_unit, files), (pool.min_actors, pool.max_actors)
+        results = encode_rows(work, read, config, identity, store_root, limits, on_batch)
+    else:
+        results = work.map_batches(
+            EncodeUnit,
+            fn_constructor_kwargs={
+                "config": config,
+                "identity": identity,
+                "store_root": store_root,
+                "files": files,
+                "device": pool.device,
+                "num_threads": pool.num_cpus,
+                "num_actors": pool.max_actors,
+                "on_ready": on_ready,
+                "on_batch": on_batch,
+            },
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(pool.min_actors, len(units)),
+                max_size=min(pool.max_actors, len(units)),
+                max_tasks_in_flight_per_actor=UNITS_AHEAD,
+            ),
+            num_gpus=pool.num_gpus or None,
+            num_cpus=pool.num_cpus,
+            runtime_env={"env_vars": CPU_ENVIRONMENT} if pool.device == "cpu" else None,
+        )
+    num_failed = 0
+    started = time.monotonic()
+    with Monitor(lambda: ray.get(tally.read.remote()), total, tensorboard_uri):
+        for row in results.iter_rows():
+            num_failed += row["num_failed"]
+            if num_failed > max_failed:
+                break
+    reading = ray.get(tally.read.remote())
+    logger.info("encoded %d prompts in %.0f s", reading.done.num_prompts, time.monotonic() - started)
+    return reading, num_failed
+
+
+class _Tally:
+    """Adds up what the actors report; what a replaced actor does again counts again."""
+
+    def __init__(self) -> None:
+        self._done = BatchDone()
+        self._hardware: Hardware | None = None
+        self._ready: list[float] = []
+
+    def ready(self, hardware: Hardware) -> None:
+        self._hardware = self._hardware or hardware
+        self._ready.append(time.monotonic())
+
+    def add(self, done: BatchDone) -> None:
+        self._done += done
+
+    def read(self) -> Reading:
+        elapsed = [time.monotonic() - moment for moment in self._ready]
+        return Reading(self._done, max(elapsed, default=0.0), self._hardware, len(elapsed), sum(elapsed))

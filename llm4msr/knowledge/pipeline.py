@@ -1,16 +1,18 @@
 """The Ray job behind `jobs.extract`: prepared rows -> prompts -> vectors in the store -> knowledge table.
 
-1. One task per training file writes that file's user prompts and counts its scenarios; then the scenario prompts.
-2. Prompts whose key the store lacks are encoded and committed by a pool of actors (`llm4msr.knowledge.actors`). A run
-   that is killed loses what was not committed; the next run does that and nothing else.
-3. The table is put together from the store, and the manifest is written last.
+1. One task per bucket of users writes their prompts and counts their scenarios; one per so many items writes theirs;
+   then the scenario prompts. Memory is bounded by one bucket per task, and the texts of users and items once per node.
+2. Prompts whose key the store lacks are cut into units (`llm4msr.knowledge.plan`), encoded and committed by a pool of
+   actors (`llm4msr.knowledge.actors`). A run that is killed loses the units at work; the next run does what is missing
+   and nothing else. The driver holds about 50 bytes per prompt and no vector.
+3. The table is put together from the store, block by block, and the manifest is written last.
 
-Layout of ``knowledge/<digest>/``: prompts/bucket-NNNNN.parquet and prompts/scenarios.parquet (`prompts.PROMPTS`),
-prompts.txt (a sample to read), users.npy, user_index.npy, scenarios.npy (`KnowledgeTable`), summary.json,
-manifest.json.
+Layout of ``knowledge/<digest>/``: prompts/*.parquet (`prompts.PROMPTS`) with a manifest of their own, prompts.txt (a
+sample to read), plan.parquet, the files of `KnowledgeTable`, errors.parquet (prompts without a vector), tensorboard/,
+summary.json, manifest.json.
 
-A prompt without a usable vector is data, not a crash: it stays out of the store, its user has no knowledge, and the
-summary counts it; beyond `MAX_FAILED_FRACTION`, or for a scenario, the job fails. Ray is initialised by the caller.
+A prompt without a usable vector is data, not a crash: its subject has no knowledge, and the summary counts it; beyond
+`knowledge.max_error_fraction`, or for a scenario, the job fails. Ray is initialised by the caller.
 """
 
 from __future__ import annotations
@@ -28,35 +30,52 @@ import pyarrow.compute as pc
 import ray
 
 from llm4msr import storage, workspace
-from llm4msr.config import Config, KnowledgeConfig, digest
+from llm4msr.config import Config, digest
 from llm4msr.data.prepared import PreparedData
 from llm4msr.data.source import DataError
 from llm4msr.knowledge import place, profiles
-from llm4msr.knowledge.actors import cut_units, encode_units, plan_pool
-from llm4msr.knowledge.encoder import encoder_identity
-from llm4msr.knowledge.model_files import EncoderError
+from llm4msr.knowledge.actors import Pool, encode_units, plan_pool
+from llm4msr.knowledge.assemble import write_errors, write_table
+from llm4msr.knowledge.engines.build import engine_identity
+from llm4msr.knowledge.engines.model_files import EncoderError
+from llm4msr.knowledge.plan import PromptSet, missing_prompts, num_planned, open_plan, read_prompt_set
 from llm4msr.knowledge.profiles import ScenarioStats
-from llm4msr.knowledge.prompt_files import write_sample, write_scenario_prompts, write_user_prompts
-from llm4msr.knowledge.store import KnowledgeStore
-from llm4msr.knowledge.table import KnowledgeTable
-from llm4msr.schema import Scenario
+from llm4msr.knowledge.progress import speed
+from llm4msr.knowledge.prompt_files import (
+    Previous,
+    Subjects,
+    write_item_prompts,
+    write_sample,
+    write_scenario_prompts,
+    write_user_prompts,
+)
+from llm4msr.knowledge.store import KnowledgeStore, StoreIndex
 
-PROMPTS_DIRECTORY = "prompts"
 SCENARIOS_FILE = "scenarios.parquet"
 SAMPLE_FILE = "prompts.txt"
-SUMMARY_FILE = "summary.json"
-MAX_FAILED_FRACTION = 0.01
+PLAN_FILE = "plan.parquet"
+TENSORBOARD_DIRECTORY = "tensorboard"
+ITEMS_PER_FILE = 100_000
+UNITS_PER_ACTOR = 4
+MIN_ROWS_PER_UNIT = 64
+# Part of what an extraction is: raise it when the same prompts would give another table.
+EXTRACT_VERSION = 1
 
 logger = logging.getLogger("llm4msr.knowledge")
 
 
 @dataclass(frozen=True)
-class _Prompts:
-    """All prompts: keys, scenarios first; user_row of the keys after them; (uri, number of prompts) of each file."""
+class _Job:
+    """What the stages of one extraction share. config: its dtype is the one of the cluster's device."""
 
-    keys: pa.Array
-    user_rows: np.ndarray
-    files: list[tuple[str, int]]
+    config: Config
+    prepared: PreparedData
+    pool: Pool
+    identity: dict[str, Any]
+    store: KnowledgeStore
+    source: dict[str, Any]
+    previous: str | None
+    uri: str
 
 
 def extract(config: Config) -> str:
@@ -75,133 +94,246 @@ def extract(config: Config) -> str:
         ConfigError: More actors are asked for than can run at once.
     """
     started = time.monotonic()
+    pointer = place.knowledge_pointer_uri(config)
+    job = _open(config)
+    if storage.is_finished(job.uri):
+        logger.info("%s is up to date", job.uri)
+    else:
+        prompts, counts = _prompts(job)
+        done = _encode(job, prompts)
+        index = job.store.index()
+        errors = write_errors(storage.join(job.uri, place.ERRORS_FILE), index, prompts)
+        check_errors(errors, len(prompts.keys_P), job.config.knowledge.max_error_fraction)
+        num_subjects = {
+            "scenario": len(job.prepared.schema.scenarios),
+            "user": counts["num_users"],
+            "item": counts["num_items"],
+        }
+        table = write_table(job.uri, job.store, index, prompts, num_subjects)
+        summary = {
+            **counts,
+            **done,
+            "num_failed": len(errors),
+            "failures": errors.slice(0, 20).to_pylist(),
+            **table,
+            **_shortened(job.store, index, prompts),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        storage.write_json(storage.join(job.uri, place.SUMMARY_FILE), summary)
+        created_at = datetime.now(UTC).isoformat(timespec="seconds")
+        settings = config.knowledge.model_dump(mode="json")
+        manifest = {"kind": "knowledge", **job.source, "encoder": job.identity, "config": settings}
+        storage.write_manifest(job.uri, manifest | {"created_at": created_at, "summary": summary})
+        _say(job.uri, summary)
+    directory = {"directory": job.uri.rsplit("/", 1)[-1]}
+    storage.write_json(pointer, directory)
+    storage.write_json(place.last_pointer_uri(config, job.source), directory)
+    return job.uri
+
+
+def _open(config: Config) -> _Job:
     prepared = PreparedData.open(workspace.prepared_uri(config))
     resources = ray.cluster_resources()
     pool = plan_pool(config.knowledge, int(resources.get("GPU", 0)), int(resources.get("CPU", 1)))
-    identity = encoder_identity(config.knowledge, pool.device)
+    identity = engine_identity(config.knowledge, pool.device)
+    if config.knowledge.engine == "transformers":  # one dtype on all nodes, whatever their processors prefer
+        knowledge = config.knowledge.model_copy(update={"dtype": identity["dtype"]})
+        config = config.model_copy(update={"knowledge": knowledge})
     store = KnowledgeStore(place.store_root(config), identity)
-    source = {
+    source: dict[str, Any] = {
+        "version": EXTRACT_VERSION,
         "prepared": prepared.uri.rsplit("/", 1)[-1],
         "encoder_digest": store.identity_digest,
-        "max_events_per_scenario": config.knowledge.max_events_per_scenario,
+        "max_events": config.knowledge.max_events_per_scenario,
+        "levels": sorted(config.knowledge.levels),
+        "scenarios": list(prepared.schema.scenario_names),
+        "refresh_min_new_events": config.knowledge.refresh_min_new_events,
+        "refreshed_from": None,
     }
-    uri = storage.join(workspace.knowledge_root(config), digest(source))
-    if storage.is_finished(uri):
-        logger.info("%s is up to date", uri)
-    else:
-        prompts = _write_prompts(prepared, store.identity_digest, config.knowledge, uri)
-        missing = store.missing(prompts.keys)
-        num_distinct = len(pc.unique(prompts.keys))
-        logger.info(
-            "%d prompts, %d distinct, %d already in the store, %d to encode on %d actors (%s)",
-            *(len(prompts.keys), num_distinct, num_distinct - len(missing), len(missing)),
-            *(pool.num_actors, pool.device),
-        )
-        encode_started = time.monotonic()
-        failures: dict[str, str] = {}
-        if len(missing):
-            rows_per_unit = min(config.knowledge.rows_per_commit, math.ceil(len(missing) / pool.num_actors))
-            units = cut_units(prompts.keys, missing, prompts.files, rows_per_unit)
-            failures = encode_units(units, config.knowledge, identity, place.store_root(config), pool)
-            check_failures(failures, prompts.keys, prepared.schema.scenarios)
-        seconds = time.monotonic() - encode_started
-        summary = {
-            "num_prompts": len(prompts.keys),
-            "num_distinct_prompts": num_distinct,
-            "num_cached": num_distinct - len(missing),
-            "num_encoded": len(missing) - len(failures),
-            "num_failed": len(failures),
-            "failures": [{"key": key, "error": error} for key, error in sorted(failures.items())[:20]],
-            **_write_table(store, prompts, failures, prepared, uri),
-            "encode_seconds": round(seconds, 3),
-            "prompts_per_second": round(len(missing) / seconds, 2) if len(missing) else None,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        storage.write_json(storage.join(uri, SUMMARY_FILE), summary)
-        created_at = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {"kind": "knowledge", **source, "encoder": identity, "config": config.model_dump(mode="json")}
-        storage.write_manifest(uri, manifest | {"created_at": created_at, "summary": summary})
-        logger.info(
-            "knowledge of %d of %d users in %s: %d prompts encoded, %d from the store, %d failed, %d shortened",
-            *(summary["num_users_with_knowledge"], summary["num_users"], uri),
-            *(summary["num_encoded"], summary["num_cached"], summary["num_failed"], summary["num_truncated_prompts"]),
-        )
-    storage.write_json(place.knowledge_pointer_uri(config), {"directory": uri.rsplit("/", 1)[-1]})
-    return uri
+    previous, uri = None, None
+    root = workspace.knowledge_root(config)
+    last = place.last_pointer_uri(config, source)
+    if config.knowledge.refresh_min_new_events and storage.exists(last):
+        previous = storage.join(root, storage.read_json(last)["directory"])
+        manifest = storage.read_manifest(previous, "run jobs.extract again")
+        if manifest | source == manifest | {"refreshed_from": None}:
+            uri, source["refreshed_from"] = previous, manifest["refreshed_from"]  # it is this extraction
+        else:
+            source["refreshed_from"] = previous.rsplit("/", 1)[-1]
+    return _Job(config, prepared, pool, identity, store, source, previous, uri or storage.join(root, digest(source)))
 
 
-def _write_prompts(prepared: PreparedData, identity_digest: str, config: KnowledgeConfig, uri: str) -> _Prompts:
-    scenarios, users = prepared.schema.scenarios, prepared.users().select(["key", "text"])
-    items = profiles.clean_texts(prepared.items()["text"])
-    entities = ray.put((users["key"].combine_chunks(), profiles.clean_texts(users["text"]), items))
-    sources = [source for source, _ in prepared.files("train")]
-    targets = [storage.join(uri, PROMPTS_DIRECTORY, source.rsplit("/", 1)[-1]) for source in sources]
-    # Drawn negatives are no interactions: nothing is said of them.
-    positives_only = prepared.manifest["data"].get("drawn_negatives", 0) > 0
-    settings = (identity_digest, scenarios, config.max_events_per_scenario, positives_only)
-    task = ray.remote(write_user_prompts)
-    done = ray.get(
-        [task.remote(entities, source, target, *settings) for source, target in zip(sources, targets, strict=True)]
+def _prompts(job: _Job) -> tuple[PromptSet, dict[str, int]]:
+    """Writes all prompts, or finds them written by a run that was killed later; returns them and their counts."""
+    root = storage.join(job.uri, place.PROMPTS_DIRECTORY)
+    if not storage.is_finished(root):
+        storage.write_manifest(root, _write_prompts(job, root))
+    manifest = storage.read_manifest(root, "run jobs.extract again")
+    prompts = read_prompt_set([(storage.join(root, file["file"]), file["level"]) for file in manifest["files"]])
+    if len(prompts.keys_P) != sum(file["num_prompts"] for file in manifest["files"]):
+        raise storage.StorageError(f"{root}: its files do not hold the prompts that manifest.json says; remove it")
+    return prompts, manifest["counts"]
+
+
+def _write_prompts(job: _Job, root: str) -> dict[str, Any]:
+    prepared, settings = job.prepared, job.config.knowledge
+    users, items = prepared.users().select(["key", "text"]), prepared.items().select(["key", "text"])
+    subjects = Subjects(
+        user_keys=users["key"].combine_chunks(),
+        users=profiles.clean_texts(users["text"]),
+        items=profiles.clean_texts(items["text"]),
+        scenarios=prepared.schema.scenarios,
+        identity_digest=job.store.identity_digest,
+        max_events=settings.max_events_per_scenario,
+        # Drawn negatives are no interactions: nothing is said of them.
+        positives_only=prepared.manifest["data"].get("drawn_negatives", 0) > 0,
+        with_users="user" in settings.levels,
     )
-    if not any(len(part) for _, part in done):
+    shared, previous = ray.put(subjects), _previous(job)
+    # Files of an earlier attempt, which was killed or had other buckets.
+    storage.remove(root)
+    write_users, write_items = ray.remote(write_user_prompts), ray.remote(write_item_prompts)
+    files = [(uri, uri.rsplit("/", 1)[-1]) for uri, _ in prepared.files("train")]
+    users_done = [write_users.remote(shared, uri, storage.join(root, name), previous) for uri, name in files]
+    item_files = []
+    if "item" in settings.levels:
+        for number, first in enumerate(range(0, len(items), ITEMS_PER_FILE)):
+            keys, name = items["key"].slice(first, ITEMS_PER_FILE).combine_chunks(), f"items-{number:05d}.parquet"
+            task = write_items.remote(shared, keys, first + 1, storage.join(root, name))
+            item_files.append({"file": name, "level": "item", "num_prompts": task})
+    found = ray.get(users_done)
+    stats = ScenarioStats.merge([part.stats for part in found])
+    if not stats.pair_positive_P.any():
         raise DataError(
             f"{prepared.uri}: no user has a training row with label 1, so there is nothing to ask the language model; "
             "check the labels of the raw data and data.split"
         )
-    scenarios_uri = storage.join(uri, PROMPTS_DIRECTORY, SCENARIOS_FILE)
-    stats = ScenarioStats.merge([stats for stats, _ in done])
-    table = write_scenario_prompts(stats, items, scenarios, scenarios_uri, identity_digest, positives_only)
-    write_sample(table["text"].to_pylist(), targets, storage.join(uri, SAMPLE_FILE))
-    users_part = pa.concat_tables(part for _, part in done)
-    keys = pa.concat_arrays([*table["key"].chunks, *users_part["key"].chunks])
-    files = [(scenarios_uri, len(table)), *((t, len(part)) for t, (_, part) in zip(targets, done, strict=True))]
-    return _Prompts(keys, users_part["subject_row"].to_numpy(), files)
+    entries = []
+    if "scenario" in settings.levels:
+        number = write_scenario_prompts(subjects, stats, storage.join(root, SCENARIOS_FILE))
+        entries.append({"file": SCENARIOS_FILE, "level": "scenario", "num_prompts": number})
+    for (_, name), part in zip(files, found, strict=True):
+        if part.num_prompts:
+            entries.append({"file": name, "level": "user", "num_prompts": part.num_prompts})
+    entries += [file | {"num_prompts": ray.get(file["num_prompts"])} for file in item_files]
+    write_sample([storage.join(root, entry["file"]) for entry in entries], storage.join(job.uri, SAMPLE_FILE))
+    counts = {"num_users": len(users), "num_items": len(items), "num_kept": sum(part.num_kept for part in found)}
+    return {"files": entries, "counts": counts}
 
 
-def check_failures(failures: dict[str, str], keys: pa.Array, scenarios: tuple[Scenario, ...]) -> None:
+def _previous(job: _Job) -> Previous | None:
+    if job.previous is None:
+        return None
+    manifest = storage.read_manifest(job.previous, "run jobs.extract again")
+    before = PreparedData.open(storage.join(workspace.prepared_root(job.config), manifest["prepared"]))
+    root = storage.join(job.previous, place.PROMPTS_DIRECTORY)
+    files = storage.read_manifest(root, "run jobs.extract again")["files"]
+    return Previous(
+        tuple(storage.join(root, file["file"]) for file in files if file["level"] == "user"),
+        before.manifest["num_buckets"],
+        job.prepared.manifest["num_buckets"],
+        job.config.knowledge.refresh_min_new_events,
+    )
+
+
+def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
+    """Encodes what the store lacks; returns the figures of it for the summary."""
+    settings = job.config.knowledge
+    missing = missing_prompts(prompts, job.store.index())
+    num_prompts, num_distinct = len(prompts.keys_P), len(np.unique(prompts.keys_P))
+    counts = {
+        "num_prompts": num_prompts,
+        "num_distinct_prompts": num_distinct,
+        "num_cached": num_distinct - len(missing),
+        "num_encoded": len(missing),
+        "share_encoded": round(len(missing) / num_distinct, 4),
+    }
+    logger.info(
+        "%d prompts, %d distinct, %d already in the store, %d to encode on %s actors (%s)",
+        *(num_prompts, num_distinct, num_distinct - len(missing), len(missing)),
+        *(_pool_size(job.pool), job.pool.device if settings.engine != "openai" else settings.engine),
+    )
+    if not len(missing):
+        return counts
+    # A small job is cut finer, so that all actors have work until its end.
+    rows_per_unit = max(MIN_ROWS_PER_UNIT, math.ceil(len(missing) / (UNITS_PER_ACTOR * job.pool.max_actors)))
+    plan_uri = storage.join(job.uri, PLAN_FILE)
+    units = open_plan(plan_uri, prompts, missing, min(settings.rows_per_commit, rows_per_unit))
+    assert num_planned(units) == len(missing), (num_planned(units), len(missing))
+    max_failed = int(settings.max_error_fraction * num_prompts)
+    reading, num_failed = encode_units(
+        units,
+        prompts.files,
+        settings,
+        job.identity,
+        place.store_root(job.config),
+        job.pool,
+        storage.join(job.uri, TENSORBOARD_DIRECTORY),
+        max_failed,
+    )
+    if num_failed > max_failed:
+        first = "; ".join(dict.fromkeys(job.store.index().errors[:3]))
+        raise EncoderError(
+            f"gave up after {num_failed} of {num_prompts} prompts got no vector, more than "
+            f"knowledge.max_error_fraction {settings.max_error_fraction:g} allows; the first: {first}"
+        )
+    return counts | speed(reading)
+
+
+def check_errors(errors: pa.Table, num_prompts: int, max_error_fraction: float) -> None:
     """Decides whether the job can go on without the vectors of some prompts.
 
     Args:
-        failures: Errors by key.
-        keys: Keys of all prompts, those of the scenarios first.
-        scenarios: Of the schema, in order.
+        errors: As `assemble.write_errors` returns them.
+        num_prompts: All prompts.
+        max_error_fraction: Share of them that may have no vector.
 
     Raises:
-        EncoderError: A scenario has no vector, or more than `MAX_FAILED_FRACTION` of all prompts have none.
+        EncoderError: A scenario has no vector, or more than `max_error_fraction` of all prompts have none.
     """
-    for scenario, key in zip(scenarios, keys.slice(0, len(scenarios)).to_pylist(), strict=True):
-        if key in failures:
-            raise EncoderError(f"the prompt of scenario {scenario.name!r} has no vector: {failures[key]}")
-    failed = int(pc.sum(pc.is_in(keys, value_set=pa.array(list(failures), pa.string()))).as_py())
-    if failed:
-        key, error = next(iter(failures.items()))
-        message = f"{failed} of {len(keys)} prompts have no vector; the first, {key}: {error}"
-        if failed > MAX_FAILED_FRACTION * len(keys):
-            raise EncoderError(f"{message} (at most {MAX_FAILED_FRACTION:.0%} may fail)")
-        logger.warning(message)
+    if not len(errors):
+        return
+    first = [f"{row['level']} {row['subject_id']}: {row['error']}" for row in errors.slice(0, 3).to_pylist()]
+    message = f"{len(errors)} of {num_prompts} prompts have no vector; the first: {'; '.join(first)}"
+    for row in errors.filter(pc.equal(errors["level"], "scenario")).to_pylist():
+        raise EncoderError(f"the prompt of scenario {row['subject_id']!r} has no vector: {row['error']}")
+    if len(errors) > max_error_fraction * num_prompts:
+        raise EncoderError(f"{message} (knowledge.max_error_fraction allows {max_error_fraction:g} of them)")
+    logger.warning(message)
 
 
-def _write_table(
-    store: KnowledgeStore, prompts: _Prompts, failures: dict[str, str], prepared: PreparedData, uri: str
-) -> dict[str, Any]:
-    """Puts the knowledge table together from the store and returns the counts for the summary."""
-    good = pc.invert(pc.is_in(prompts.keys, value_set=pa.array(list(failures), pa.string())))
-    vectors, counts = store.read(prompts.keys.filter(good))
-    num_scenarios = len(prepared.schema.scenarios)
-    rows = prompts.user_rows[good.to_numpy(zero_copy_only=False)[num_scenarios:]]
-    users_NK = np.zeros((len(rows) + 1, vectors.shape[1]), dtype=np.float16)
-    users_NK[1:] = vectors[num_scenarios:]
-    num_users = prepared.users().num_rows
-    user_index_N = np.zeros(num_users + 1, dtype=np.int32)
-    user_index_N[rows] = np.arange(1, len(rows) + 1, dtype=np.int32)
-    table = KnowledgeTable(users_NK, user_index_N, vectors[:num_scenarios].astype(np.float32))
-    table.save(uri)
-    truncated = (counts["num_dropped_events"] > 0) | (counts["num_cut_characters"] > 0)
-    return {
-        "num_users": num_users,
-        "num_users_with_knowledge": table.num_users_with_knowledge,
-        "width": table.width,
-        "num_tokens": int(counts["num_tokens"].sum()),
-        "num_dropped_events": int(counts["num_dropped_events"].sum()),
-        "num_truncated_prompts": int(truncated.sum()),
-    }
+def _shortened(store: KnowledgeStore, index: StoreIndex, prompts: PromptSet) -> dict[str, int]:
+    """Returns how many prompts were cut to the model's limit, and by how much."""
+    positions = np.unique(index.find(prompts.keys_P))
+    totals = {"num_tokens": 0, "num_dropped_events": 0, "num_truncated_prompts": 0}
+    positions = positions[positions >= 0]
+    for start in range(0, len(positions), 1 << 18):
+        names = ["num_tokens", "num_dropped_events", "num_cut_characters"]
+        table = store.columns(index, positions[start : start + (1 << 18)], names)
+        tokens, dropped, cut = (table[name].to_numpy() for name in names)
+        totals["num_tokens"] += int(tokens.sum())
+        totals["num_dropped_events"] += int(dropped.sum())
+        totals["num_truncated_prompts"] += int(np.count_nonzero((dropped > 0) | (cut > 0)))
+    return totals
+
+
+def _pool_size(pool: Pool) -> str:
+    return str(pool.min_actors) if pool.min_actors == pool.max_actors else f"{pool.min_actors} to {pool.max_actors}"
+
+
+def _say(uri: str, summary: dict[str, Any]) -> None:
+    logger.info(
+        "knowledge of %d of %d users in %s: %d prompts encoded (%.1f %%), %d from the store, %d failed, %d shortened",
+        *(summary["num_users_with_knowledge"], summary["num_users"], uri, summary["num_encoded"]),
+        *(100 * summary["share_encoded"], summary["num_cached"], summary["num_failed"]),
+        summary["num_truncated_prompts"],
+    )
+    if summary["num_kept"]:
+        logger.info("%d users keep the knowledge of the last extraction: too little is new", summary["num_kept"])
+    if "tokens_per_second" in summary:
+        used = summary["model_flop_utilisation"]
+        logger.info(
+            "%.1f prompts/s, %.0f tokens/s, padding %.1f %%, model FLOP utilisation %s",
+            *(summary["prompts_per_second"], summary["tokens_per_second"], 100 * (summary["padding_share"] or 0)),
+            "unknown: no peak known of this device" if used is None else f"{100 * used:.1f} %",
+        )

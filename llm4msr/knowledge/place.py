@@ -2,17 +2,26 @@
 
 What an encoder is (the commit of a Hugging Face id, the digests of its files, the dtype of its device) is known where
 it runs. So `jobs.extract` leaves a small file that names what it finished, as `jobs.prepare` does, and training reads
-that.
+that. A second one names the last extraction of an application, whatever its data was then: what a refresh starts from.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from llm4msr import storage, workspace
 from llm4msr.config import Config, digest
 from llm4msr.knowledge.prompts import PROMPT_VERSION
 
-# Fields of `KnowledgeConfig` that say how fast the work is done, not what comes out.
-_SPEED_FIELDS = {"batch_size", "num_actors", "rows_per_commit"}
+PROMPTS_DIRECTORY = "prompts"
+SUMMARY_FILE = "summary.json"
+ERRORS_FILE = "errors.parquet"
+# Fields of `KnowledgeConfig` that say how the work is done, not what comes out.
+_HOW = {
+    **dict.fromkeys(("attention", "compile", "batch_tokens", "device", "num_actors", "gpus_per_actor"), True),
+    **dict.fromkeys(("cpus_per_actor", "rows_per_commit", "max_error_fraction"), True),
+    "openai": {"base_url", "api_key_env", "max_in_flight", "requests_per_minute", "timeout_s", "max_retries"},
+}
 
 
 def store_root(config: Config) -> str:
@@ -27,9 +36,20 @@ def knowledge_pointer_uri(config: Config) -> str:
         StorageError: The data was not prepared yet.
     """
     prepared = workspace.prepared_uri(config).rsplit("/", 1)[-1]
-    settings = config.knowledge.model_dump(mode="json", exclude=_SPEED_FIELDS)
+    settings = config.knowledge.model_dump(mode="json", exclude=_HOW)
     name = digest({"prepared": prepared, "knowledge": settings, "prompt_version": PROMPT_VERSION})
     return storage.join(workspace.knowledge_root(config), f"{name}.json")
+
+
+def last_pointer_uri(config: Config, source: dict[str, Any]) -> str:
+    """Returns the small file that names the last extraction of this application with the same encoder and prompts.
+
+    Args:
+        config: Says which workspace and which kind of data.
+        source: What the extraction depends on, as its manifest says; its prepared data does not count here.
+    """
+    name = digest({"data": config.data.kind, **{k: source[k] for k in ("encoder_digest", "max_events", "scenarios")}})
+    return storage.join(workspace.knowledge_root(config), f"last-{name}.json")
 
 
 def knowledge_uri(config: Config) -> str:

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm4msr.knowledge.prompts import Liked, Prompt, ScenarioFacts, scenario_prompt, user_prompt
+from llm4msr.knowledge.prompts import Liked, Prompt, ScenarioFacts, item_prompt, scenario_prompt, user_prompt
 from llm4msr.schema import Scenario
 
 # Columns of `schema.rows_schema` that profiles need.
 COLUMNS = ("user_row", "item_row", "scenario", "label", "timestamp_ms", "position")
 MAX_TEXT_CHARACTERS = 80
 NUM_MOST_LIKED = 10
-_NO_TIME = -(2**62)
+NO_TIME = -(2**62)
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,77 @@ def clean_texts(texts: pa.Array | pa.ChunkedArray) -> Texts:
     return Texts(codes, encoded.dictionary)
 
 
-def user_prompts(
-    rows: pa.Table, keys: pa.Array, users: Texts, items: Texts, scenarios: Sequence[Scenario], max_events: int
-) -> Iterator[tuple[int, Prompt]]:
-    """Yields (user_row, prompt) of every user with a liked row, in order of user_row.
+@dataclass(frozen=True)
+class UserProfile:
+    """One user's prompt and how much stands behind it.
+
+    Attributes:
+        user_row: Row of the users' feature table.
+        prompt: What the model reads.
+        num_liked: Liked training rows.
+        last_liked_ms: Time of the last of them; None where the data has no times.
+    """
+
+    user_row: int
+    prompt: Prompt
+    num_liked: int
+    last_liked_ms: int | None
+
+
+@dataclass(frozen=True)
+class LikedRows:
+    """Liked rows of whole users by user, scenario, most recent first. Axes: L rows.
+
+    Attributes:
+        user_L: user_row.
+        scenario_L: Index of the scenario.
+        code_L: Position of the item's text in `Texts.values`, -1 where it has none.
+        time_ms_L: int64; `NO_TIME` where the data has none.
+        recency_L: Rank over a user's rows of all scenarios, smaller is more recent, ties in the order of scenarios.
+    """
+
+    user_L: np.ndarray
+    scenario_L: np.ndarray
+    code_L: np.ndarray
+    time_ms_L: np.ndarray
+    recency_L: np.ndarray
+
+    @classmethod
+    def select(cls, rows: pa.Table, items: Texts) -> LikedRows:
+        """Takes what known users liked from training rows with `COLUMNS`, in any order."""
+        rows = rows.filter(pc.and_(pc.equal(rows["label"], 1), pc.greater(rows["user_row"], 0)))
+        user, scenario = rows["user_row"].to_numpy(), rows["scenario"].to_numpy()
+        time = pc.fill_null(rows["timestamp_ms"].cast(pa.int64()), NO_TIME).to_numpy()
+        position = rows["position"].to_numpy()
+        order = np.lexsort((-position, -time, scenario, user))
+        recency = np.empty(len(order), dtype=np.int64)
+        recency[np.lexsort((-position[order], -time[order], user[order]))] = np.arange(len(order))
+        code = items.codes[rows["item_row"].to_numpy()[order]]
+        return cls(user[order], scenario[order], code, time[order], recency)
+
+    def num_later(self, user_rows: np.ndarray, times_ms: np.ndarray) -> np.ndarray:
+        """Returns how many rows of each of these users, given in ascending order, are later than a time of its own."""
+        if not len(user_rows):
+            return np.zeros(0, np.int64)
+        at_L = np.minimum(np.searchsorted(user_rows, self.user_L), len(user_rows) - 1)
+        later_L = (user_rows[at_L] == self.user_L) & (self.time_ms_L > times_ms[at_L])
+        return np.bincount(at_L[later_L], minlength=len(user_rows))
+
+
+def user_profiles(
+    liked: LikedRows, keys: pa.Array, users: Texts, items: Texts, scenarios: Sequence[Scenario], max_events: int
+) -> Iterator[UserProfile]:
+    """Yields the profile of every user with a liked row, in order of user_row.
 
     Args:
-        rows: Training rows of whole users, with `COLUMNS`, in any order.
+        liked: What whole users liked.
         keys: Raw ids of the users' feature table; record i is user_row i + 1.
         users: Texts of the users.
         items: Texts of the items.
         scenarios: Of the schema, in order.
         max_events: Item texts quoted per scenario, the most recent ones.
     """
-    user, scenario, code, recency = _liked(rows, items)
+    user, scenario, code = liked.user_L, liked.scenario_L, liked.code_L
     starts, counts = _segments(user, scenario)
     untitled = np.add.reduceat((code < 0).astype(np.int64), starts) if len(starts) else counts
     # Repeats of a text within a user's scenario become one event, where the most recent of them stood.
@@ -87,9 +144,9 @@ def user_prompts(
     event_ends = np.searchsorted(first, starts + counts)
     event_starts = np.searchsorted(first, starts)
     texts = items.values.take(pa.array(code[first])).to_pylist()
-    event_recency = recency[first].tolist()
+    event_recency = liked.recency_L[first].tolist()
 
-    def liked(segment: int) -> Liked:
+    def in_scenario(segment: int) -> Liked:
         begin, end = event_starts[segment], min(event_ends[segment], event_starts[segment] + max_events)
         events = tuple(
             texts[i] if num_repeats[i] == 1 else f"{texts[i]} (x{num_repeats[i]})" for i in range(begin, end)
@@ -97,26 +154,29 @@ def user_prompts(
         name = scenarios[scenario[starts[segment]]].name
         return Liked(name, int(counts[segment]), int(untitled[segment]), events, tuple(event_recency[begin:end]))
 
-    owners = user[starts]
+    owners, last = user[starts], liked.time_ms_L[starts]
     bounds = np.append(_segments(owners)[0], len(owners))
     for begin, end in itertools.pairwise(bounds.tolist()):
-        row = int(owners[begin])
-        yield row, user_prompt(str(keys[row - 1].as_py()), users.at(row), [liked(s) for s in range(begin, end)])
+        row, last_ms = int(owners[begin]), int(last[begin:end].max())
+        prompt = user_prompt(
+            str(keys[row - 1].as_py()), users.at(row), [in_scenario(segment) for segment in range(begin, end)]
+        )
+        yield UserProfile(row, prompt, int(counts[begin:end].sum()), None if last_ms == NO_TIME else last_ms)
 
 
-def _liked(rows: pa.Table, items: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns user_row, scenario, text code and recency of the liked rows, by user, scenario, most recent first.
+def item_prompts(keys: pa.Array, items: Texts, first_row: int, num_rows: int) -> Iterator[tuple[int, Prompt]]:
+    """Yields (item_row, prompt) of every item with a text among some rows of the items' feature table.
 
-    Recency is a rank over a user's rows of all scenarios, smaller is more recent, ties in the order of the scenarios.
+    Args:
+        keys: Raw ids of these rows.
+        items: Texts of the whole table.
+        first_row: Table row of the first.
+        num_rows: How many.
     """
-    rows = rows.filter(pc.and_(pc.equal(rows["label"], 1), pc.greater(rows["user_row"], 0)))
-    user, scenario = rows["user_row"].to_numpy(), rows["scenario"].to_numpy()
-    time = pc.fill_null(rows["timestamp_ms"].cast(pa.int64()), _NO_TIME).to_numpy()
-    position = rows["position"].to_numpy()
-    order = np.lexsort((-position, -time, scenario, user))
-    recency = np.empty(len(order), dtype=np.int64)
-    recency[np.lexsort((-position[order], -time[order], user[order]))] = np.arange(len(order))
-    return user[order], scenario[order], items.codes[rows["item_row"].to_numpy()[order]], recency
+    ids = keys.to_pylist()
+    for row in range(first_row, first_row + num_rows):
+        if items.codes[row] >= 0:
+            yield row, item_prompt(str(ids[row - first_row]), items.at(row))
 
 
 def _segments(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ Prompts quote what the training split says and nothing else; `llm4msr.knowledge.
 are not taken for new ones. The wording is our reconstruction; the paper's is not published.
 
 What tells one subject from another stands early and in few words, because a sentence encoder reads about 256 tokens
-and averages over all of them. Fitting a prompt to a model's limit is done in `llm4msr.knowledge.fitting`.
+and averages over all of them. Fitting a prompt to a model's limit is done in `llm4msr.knowledge.engines.fitting`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,29 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 
-Level = Literal["user", "scenario"]
+Level = Literal["scenario", "user", "item"]
 
 USER_TAIL = "Which interests does this show in each scenario, and which across scenarios?"
+ITEM_TAIL = "What is it, and what interests does it serve?"
 SCENARIO_TAIL = "What do these scenarios share, and how does {name} differ?"
 
-# One prompt and what it is about. subject_row: user_row or scenario index. text: the uncut prompt. The columns after
-# num_events are its parts, from which it is cut to a model's limit.
+KEY_BYTES = 16
+KEY = pa.binary(KEY_BYTES)
+# One prompt and what it is about. subject_row: user_row, item_row or scenario index. text: the uncut prompt.
+# num_liked, last_liked_ms: of a user, all liked training rows and the time of the last. The columns after them are the
+# prompt's parts, from which it is cut to a model's limit.
 PROMPTS = pa.schema(
     [
         ("level", pa.string()),
         ("subject_id", pa.string()),
         ("subject_row", pa.int32()),
-        ("key", pa.string()),
+        ("key", KEY),
         ("text", pa.string()),
         ("num_events", pa.int32()),
+        ("num_liked", pa.int32()),
+        ("last_liked_ms", pa.int64()),
         ("head", pa.string()),
         ("sections", pa.list_(pa.string())),
         ("events", pa.list_(pa.string())),
@@ -49,8 +55,8 @@ class Prompt:
     """One prompt in parts, so that it can be made shorter without losing its instruction.
 
     Attributes:
-        level: What it is about: a user or a scenario.
-        subject_id: Raw user id as text, or the scenario's name.
+        level: What it is about: a user, an item or a scenario.
+        subject_id: Raw user or item id as text, or the scenario's name.
         head: Who or what it is about.
         events: What is quoted, the one to keep longest first: of a user the most recent over all sections, of a
             scenario rank by rank over the sections.
@@ -132,6 +138,16 @@ def user_prompt(subject_id: str, user_text: str, liked: Sequence[Liked]) -> Prom
     return Prompt("user", subject_id, head, events, USER_TAIL, tuple(sections), event_sections)
 
 
+def item_prompt(subject_id: str, text: str) -> Prompt:
+    """Returns the item-level prompt. It quotes nothing of the logs, so items never seen in training have one too.
+
+    Args:
+        subject_id: Raw item id as text; not quoted.
+        text: What is known of the item, such as its title; not empty.
+    """
+    return Prompt("item", subject_id, f"Item: {text.rstrip('.')}.", (), ITEM_TAIL)
+
+
 @dataclass(frozen=True)
 class ScenarioFacts:
     """What the training rows say about one scenario.
@@ -181,20 +197,30 @@ def scenario_prompt(index: int, facts: Sequence[ScenarioFacts]) -> Prompt:
     )
 
 
-def prompts_table(prompts: Sequence[Prompt], rows: Sequence[int], keys: Sequence[str]) -> pa.Table:
+def prompts_table(
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    keys: pa.Array,
+    num_liked: Sequence[int] | None = None,
+    last_liked_ms: Sequence[int | None] | None = None,
+) -> pa.Table:
     """Returns prompts as a table of schema `PROMPTS`.
 
     Args:
         prompts: The prompts.
-        rows: user_row or scenario index of each.
-        keys: Key in the knowledge store of each.
+        rows: user_row, item_row or scenario index of each.
+        keys: Key in the knowledge store of each, type `KEY`.
+        num_liked: Of users: liked training rows of each.
+        last_liked_ms: Of users: time of the last of them, None without times.
     """
-    columns: dict[str, list[Any]] = {name: [getattr(p, name) for p in prompts] for name in PARTS}
+    columns: dict[str, Any] = {name: [getattr(p, name) for p in prompts] for name in PARTS}
     columns |= {
         "subject_row": list(rows),
-        "key": list(keys),
+        "key": keys,
         "text": [p.text() for p in prompts],
         "num_events": [len(p.events) for p in prompts],
+        "num_liked": list(num_liked) if num_liked is not None else [0] * len(prompts),
+        "last_liked_ms": list(last_liked_ms) if last_liked_ms is not None else [None] * len(prompts),
     }
     return pa.table(columns, schema=PROMPTS)
 

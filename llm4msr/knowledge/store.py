@@ -1,9 +1,14 @@
 """Content-addressed vectors of one encoder: a vector is found by what was read, not by whose it is.
 
 Layout below ``knowledge/store/<identity digest>/``: identity.json, and one ``part-<digest of its keys>.parquet`` per
-commit. A commit is one file that appears whole or not at all, so actors on many nodes write without a lock, a run that
-was killed keeps every finished commit, and doing the same commit again overwrites the same file. The same key may
-lie in several files: its content is the same, so it does not matter which is read. Nothing is ever deleted here.
+commit (schema of a part: `part_schema`). A commit is one file that appears whole or not at all, so actors on many
+nodes write without a lock, a run that was killed keeps every finished commit, and doing the same commit again
+overwrites the same file. Nothing is ever deleted here.
+
+A prompt without a vector is a row with its error. It says what was tried; readers do not count it, so the next run
+tries again.
+
+Everything here is arrays: a key is 16 bytes, an index entry 24, so a million vectors are found in a second.
 """
 
 from __future__ import annotations
@@ -20,36 +25,87 @@ import pyarrow.compute as pc
 
 from llm4msr import storage
 from llm4msr.config import digest
-from llm4msr.knowledge.prompts import Prompt
+from llm4msr.knowledge.engines.interface import FLOAT16_MAX, EncodedBatch
+from llm4msr.knowledge.prompts import KEY, KEY_BYTES, Prompt
 
 IDENTITY_FILE = "identity.json"
-COUNTS = ("num_tokens", "num_dropped_events", "num_cut_characters")
+COUNTS = ("num_tokens", "num_dropped_events", "num_cut_characters", "num_generated_tokens")
+KEY_DTYPE = f"S{KEY_BYTES}"  # numpy sorts and compares these; no two keys differ in trailing zero bytes alone
 _READ_THREADS = 16  # parts read at once: an object store answers slowly but many at a time
-FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def part_schema(width: int) -> pa.Schema:
+    """Returns the schema of a part with vectors of `width` numbers; a row has a vector or an error."""
+    return pa.schema(
+        [
+            ("key", KEY),
+            ("vector", pa.list_(pa.float16(), width)),
+            ("error", pa.string()),
+            ("text", pa.string()),
+            *((name, pa.int32()) for name in COUNTS),
+        ]
+    )
+
+
+def prompt_keys(identity_digest: str, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Returns the (N,) `KEY_DTYPE` key of each prompt: a hash of the encoder's identity and of all that it reads."""
+    keys = (hashlib.sha256(f"{identity_digest}\n{p.content()}".encode()).digest()[:KEY_BYTES] for p in prompts)
+    return np.frombuffer(b"".join(keys), KEY_DTYPE)
+
+
+def key_text(key: bytes) -> str:
+    """Returns a key as people read it: 32 hex digits."""
+    return key.ljust(KEY_BYTES, b"\0").hex()  # numpy drops trailing zero bytes
+
+
+def keys_to_arrow(keys_N: np.ndarray) -> pa.Array:
+    """Returns keys as an Arrow column of type `KEY`."""
+    data = pa.py_buffer(np.ascontiguousarray(keys_N, KEY_DTYPE).tobytes())
+    return pa.Array.from_buffers(KEY, len(keys_N), [None, data])
+
+
+def keys_to_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Returns an Arrow column of type `KEY` as an (N,) array of `KEY_DTYPE`."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    arrays = [
+        np.frombuffer(chunk.buffers()[1], KEY_DTYPE, len(chunk), chunk.offset * KEY_BYTES)
+        for chunk in chunks
+        if len(chunk)
+    ]
+    return np.concatenate(arrays) if arrays else np.zeros(0, KEY_DTYPE)
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
-    """Vectors of N prompts and how they were read. Axes: N prompts, K knowledge width.
+class StoreIndex:
+    """Where each vector of a store lies, as of when it was read. Axes: N distinct keys with a vector, E error rows.
 
     Attributes:
-        vectors: (N, K) float32; zeros where `errors` names a reason.
-        num_tokens: (N,) int32, special tokens included.
-        num_dropped_events: (N,) int32; events left out to keep the limit.
-        num_cut_characters: (N,) int32; characters cut from the head to keep the limit.
-        errors: For each prompt why it has no vector, or None.
+        keys_N: `KEY_DTYPE`, ascending.
+        part_N: int32; which part holds the vector.
+        row_N: int32; its row there.
+        parts: URIs of the parts.
+        error_keys_E: Keys of the error rows, of which some may have a vector by now.
+        errors: What each error row says.
     """
 
-    vectors: np.ndarray
-    num_tokens: np.ndarray
-    num_dropped_events: np.ndarray
-    num_cut_characters: np.ndarray
-    errors: tuple[str | None, ...]
+    keys_N: np.ndarray
+    part_N: np.ndarray
+    row_N: np.ndarray
+    parts: tuple[str, ...]
+    error_keys_E: np.ndarray
+    errors: tuple[str, ...]
 
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the position in this index of each key, -1 where the store has no vector of it."""
+        if not len(self.keys_N):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(self.keys_N, keys), len(self.keys_N) - 1)
+        return np.where(self.keys_N[at] == keys, at, -1)
 
-def prompt_keys(identity_digest: str, prompts: Sequence[Prompt]) -> list[str]:
-    """Returns the key of each prompt: 32 hex digits of the encoder's identity and all that it reads."""
-    return [hashlib.sha256(f"{identity_digest}\n{p.content()}".encode()).hexdigest()[:32] for p in prompts]
+    def error_of(self, keys: np.ndarray) -> list[str | None]:
+        """Returns the error of each key, the last one written of several in order of names; None where it has none."""
+        errors = dict(zip(self.error_keys_E.tolist(), self.errors, strict=True))
+        return [errors.get(key) for key in keys.tolist()]
 
 
 class KnowledgeStore:
@@ -57,7 +113,7 @@ class KnowledgeStore:
 
     Args:
         uri: Directory of all stores.
-        identity: Of the encoder; see `llm4msr.knowledge.encoder.encoder_identity`.
+        identity: Of the encoder; see `llm4msr.knowledge.engines.build.engine_identity`.
 
     Raises:
         StorageError: The directory belongs to another identity.
@@ -71,115 +127,130 @@ class KnowledgeStore:
         if storage.exists(self._identity_uri) and digest(storage.read_json(self._identity_uri)) != self.identity_digest:
             raise storage.StorageError(f"{self._identity_uri}: holds another identity than its directory's name says")
 
-    def keys(self) -> pa.Array:
-        """Returns the distinct keys of all parts.
+    def index(self) -> StoreIndex:
+        """Reads the keys of all parts.
 
         Raises:
             StorageError: A part is damaged; the message names it.
         """
-        parts = [table["key"] for _, table in self._parts(["key"])]
-        return pc.unique(pa.chunked_array([c for p in parts for c in p.chunks], type=pa.string()))
+        uris = tuple(uri for uri, _ in storage.list_files(self.uri, ".parquet"))
+        found = list(_in_threads(lambda uri: _read_keys(uri), uris))
+        sizes = [len(keys) for keys, _, _ in found]
+        keys = np.concatenate([keys for keys, _, _ in found] or [np.zeros(0, KEY_DTYPE)])
+        row = np.concatenate([row for _, row, _ in found] or [np.zeros(0, np.int32)])
+        keys_N, first_N = np.unique(keys, return_index=True)
+        part_N = np.searchsorted(np.cumsum(sizes), first_N, side="right").astype(np.int32)
+        failed = [pair for _, _, errors in found for pair in errors]
+        return StoreIndex(
+            keys_N,
+            part_N,
+            row[first_N],
+            uris,
+            np.array([key for key, _ in failed], KEY_DTYPE),
+            tuple(error for _, error in failed),
+        )
 
-    def missing(self, keys: pa.Array) -> pa.Array:
-        """Returns the distinct keys that no part holds, in order of first appearance."""
-        distinct = pc.unique(keys)
-        return distinct.filter(pc.invert(pc.is_in(distinct, value_set=self.keys())))
+    def part_uri(self, keys: np.ndarray) -> str:
+        """Returns the place of the commit of these keys, whatever their order."""
+        return storage.join(self.uri, f"part-{hashlib.sha256(np.sort(keys).tobytes()).hexdigest()[:32]}.parquet")
 
-    def commit(self, keys: Sequence[str], batch: EncodedBatch) -> str:
-        """Writes vectors as one part; all of them are there when it returns, or none.
+    def commit(self, keys: np.ndarray, batch: EncodedBatch) -> str:
+        """Writes what was read of some prompts as one part; all of it is there when it returns, or nothing.
 
         Args:
-            keys: Key of each prompt of the batch.
-            batch: Vectors without errors.
+            keys: (N,) `KEY_DTYPE`, one at least, each once.
+            batch: Of these prompts; those with an error are kept as such.
 
         Returns:
             The part's URI.
 
         Raises:
-            ValueError: A vector does not fit float16, or belongs to a failed prompt.
+            ValueError: A vector without an error does not fit float16.
         """
-        if len(keys) != len(batch.vectors) or not len(keys):
+        if not len(keys) or len(keys) != len(batch.vectors) or len(np.unique(keys)) != len(keys):
+            raise ValueError(f"{len(keys)} keys for {len(batch.vectors)} vectors: each vector needs a key of its own")
+        good_N = np.array([error is None for error in batch.errors])
+        highest_N = np.abs(batch.vectors).max(axis=1, initial=0)
+        for i in np.flatnonzero(good_N & ~(highest_N <= FLOAT16_MAX)):
             raise ValueError(
-                f"{len(keys)} keys for {len(batch.vectors)} vectors: each vector needs its key, one at least"
+                f"vector of key {key_text(keys[i])} cannot be stored: largest value {highest_N[i]}; the store keeps "
+                f"finite float16 values up to {FLOAT16_MAX:.0f}"
             )
-        highest = np.abs(batch.vectors).max(axis=1)
-        bad = next((i for i, h in enumerate(highest) if not h <= FLOAT16_MAX or batch.errors[i]), None)
-        if bad is not None:
-            raise ValueError(
-                f"vector of key {keys[bad]} cannot be stored: {batch.errors[bad] or f'largest value {highest[bad]}'}; "
-                f"the store keeps finite float16 values up to {FLOAT16_MAX:.0f}"
-            )
-        width = batch.vectors.shape[1]
-        values = pa.array(batch.vectors.astype(np.float16).reshape(-1))
-        columns = {"key": pa.array(keys, pa.string()), "vector": pa.FixedSizeListArray.from_arrays(values, width)}
+        width = max(batch.vectors.shape[1], 1)  # where every row failed, it may not be known
+        values = pa.array(np.resize(batch.vectors.astype(np.float16), len(keys) * width))
+        vectors = pa.FixedSizeListArray.from_arrays(values, width)
+        columns = {
+            "key": keys_to_arrow(keys),
+            "vector": vectors if good_N.all() else pc.if_else(pa.array(good_N), vectors, None),
+            "error": pa.array(batch.errors, pa.string()),
+            "text": pa.array(batch.texts, pa.string()),
+        }
         columns |= {name: pa.array(getattr(batch, name), pa.int32()) for name in COUNTS}
         if not storage.exists(self._identity_uri):
             storage.write_json(self._identity_uri, self.identity)
-        uri = storage.join(self.uri, _part_name(keys))
-        storage.write_parquet(uri, pa.table(columns))
+        uri = self.part_uri(keys)
+        storage.write_parquet(uri, pa.table(columns, schema=part_schema(width)))
         return uri
 
-    def load(self, keys: pa.Array) -> np.ndarray:
-        """Returns the (N, K) float16 vectors of N keys, in their order; a key may be asked for twice.
+    def vectors(self, index: StoreIndex, positions_M: np.ndarray) -> np.ndarray:
+        """Returns the (M, K) float16 vectors at some positions of `index`; a position may be asked for twice.
 
         Raises:
-            StorageError: A part is damaged, or a key is in none; the message names it.
+            StorageError: A part is damaged, or has vectors of another width; the message names it.
         """
-        return self.read(keys)[0]
+        assert len(positions_M), "no vectors asked for"
+        out: np.ndarray | None = None
+        for uri, at, table in self._rows(index, positions_M, ["vector"]):
+            part = table["vector"].combine_chunks()
+            values = part.flatten().to_numpy(zero_copy_only=False).reshape(len(part), -1)
+            if out is None:
+                out = np.zeros((len(positions_M), values.shape[1]), np.float16)
+            if values.shape[1] != out.shape[1]:
+                raise storage.StorageError(f"{uri}: vectors of width {values.shape[1]}, others have {out.shape[1]}")
+            out[at] = values
+        assert out is not None
+        return out
 
-    def read(self, keys: pa.Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the vectors as `load` does, and the columns `COUNTS` as (N,) int32 arrays.
+    def columns(self, index: StoreIndex, positions_M: np.ndarray, names: Sequence[str]) -> pa.Table:
+        """Returns other columns of `part_schema` at some positions of `index`, in their order.
 
         Raises:
-            StorageError: As for `load`.
+            StorageError: A part is damaged; the message names it.
         """
-        distinct = pc.unique(keys)
-        found = np.zeros(len(distinct), dtype=bool)
-        vectors: np.ndarray | None = None
-        counts = {name: np.zeros(len(distinct), dtype=np.int32) for name in COUNTS}
-        for uri, table in self._parts(["key", "vector", *COUNTS]):
-            place = pc.index_in(table["key"], value_set=distinct).combine_chunks()
-            wanted = place.is_valid()
-            rows = place.filter(wanted).to_numpy()
-            if not len(rows):
-                continue
-            table = table.filter(wanted)
-            part = _vectors(table)
-            if vectors is None:
-                vectors = np.zeros((len(distinct), part.shape[1]), dtype=np.float16)
-            if part.shape[1] != vectors.shape[1]:
-                raise storage.StorageError(f"{uri}: vectors of width {part.shape[1]}, others have {vectors.shape[1]}")
-            vectors[rows] = part
-            for name in COUNTS:
-                counts[name][rows] = table[name].to_numpy()
-            found[rows] = True
-        if not found.all() or vectors is None:
-            absent = distinct[int(np.argmin(found))].as_py() if len(found) else None
-            raise storage.StorageError(
-                f"{self.uri}: {len(found) - int(found.sum())} of {len(found)} keys are not stored, first {absent}"
-            )
-        order = pc.index_in(keys, value_set=distinct).to_numpy()
-        return vectors[order], {name: values[order] for name, values in counts.items()}
+        tables, places = [], []
+        for _, at, table in self._rows(index, positions_M, list(names)):
+            tables.append(table)
+            places.append(at)
+        order = np.empty(len(positions_M), np.int64)
+        order[np.concatenate(places)] = np.arange(len(positions_M))
+        return pa.concat_tables(tables).take(order)
 
-    def _parts(self, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-        uris = [uri for uri, _ in storage.list_files(self.uri, ".parquet")]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            for start in range(0, len(uris), _READ_THREADS):
-                batch = uris[start : start + _READ_THREADS]
-                yield from zip(batch, pool.map(lambda uri: _read_part(uri, columns), batch), strict=True)
+    def _rows(
+        self, index: StoreIndex, positions_M: np.ndarray, names: list[str]
+    ) -> Iterator[tuple[str, np.ndarray, pa.Table]]:
+        """Yields part by part: its URI, which of the M positions it holds, and its rows of them."""
+        part_M, row_M = index.part_N[positions_M], index.row_N[positions_M]
+        wanted = np.unique(part_M)
+        tables = _in_threads(lambda p: storage.read_parquet(index.parts[p], names), wanted.tolist())
+        order_M = np.argsort(part_M, kind="stable")
+        groups = np.split(order_M, np.searchsorted(part_M[order_M], wanted[1:]))
+        for part, at, table in zip(wanted.tolist(), groups, tables, strict=True):
+            yield index.parts[part], at, table.take(row_M[at])
 
 
-def _read_part(uri: str, columns: list[str]) -> pa.Table:
-    table = storage.read_parquet(uri, columns)
-    if uri.rsplit("/", 1)[-1] != _part_name(table["key"].to_pylist()):
+def _in_threads(read: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """Yields what `read` returns for each item, in order, a few ahead at a time."""
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for start in range(0, len(items), _READ_THREADS):
+            yield from pool.map(read, items[start : start + _READ_THREADS])
+
+
+def _read_keys(uri: str) -> tuple[np.ndarray, np.ndarray, list[tuple[bytes, str]]]:
+    """Returns keys and row numbers of a part's vectors, and the errors of its other rows by key."""
+    table = storage.read_parquet(uri, ["key", "error"])
+    keys = keys_to_numpy(table["key"])
+    if uri.rsplit("/", 1)[-1] != f"part-{hashlib.sha256(np.sort(keys).tobytes()).hexdigest()[:32]}.parquet":
         raise storage.StorageError(f"{uri}: its keys are not those it was written with; delete it to redo them")
-    return table
-
-
-def _part_name(keys: Sequence[str]) -> str:
-    return f"part-{hashlib.sha256(','.join(sorted(keys)).encode()).hexdigest()[:32]}.parquet"
-
-
-def _vectors(table: pa.Table) -> np.ndarray:
-    column = table["vector"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    good = table["error"].is_null().to_numpy()
+    errors = list(zip(keys[~good].tolist(), table["error"].drop_null().to_pylist(), strict=True))
+    return keys[good], np.flatnonzero(good).astype(np.int32), errors

@@ -1,9 +1,9 @@
 """The knowledge of one prepared data set as arrays: what training and serving look up instead of running an LLM.
 
 Pure numpy over memory-mapped files, so the workers of a node share one copy and importing it costs nothing.
-How the vectors came to be is the business of `llm4msr.knowledge.pipeline`; how they become meta layers, of the models.
+How the vectors came to be is the business of `llm4msr.knowledge.pipeline`; how they are used, of the models.
 
-Axes: N user rows of the feature table (0 = unknown user), M users with knowledge, S scenarios, K knowledge width.
+Axes: N rows of users or items, S scenarios, K knowledge width. Row 0 of a feature table is the unknown user or item.
 """
 
 from __future__ import annotations
@@ -14,49 +14,69 @@ import numpy as np
 
 from llm4msr import storage
 
-USERS = "users.npy"
-USER_INDEX = "user_index.npy"
-SCENARIOS = "scenarios.npy"
+FILES = {
+    "users_NK": "users.npy",
+    "user_index_N": "user_index.npy",
+    "scenarios_SK": "scenarios.npy",
+    "items_NK": "items.npy",
+    "item_index_N": "item_index.npy",
+}
+STATISTICS_BLOCK_BYTES = 1 << 26  # as float64
 
 
 @dataclass(frozen=True)
 class KnowledgeTable:
-    """Vectors of users and scenarios.
+    """Vectors of users, scenarios and items.
+
+    Equal prompts have one vector, so a row of `users_NK` may belong to several users, one of `items_NK` to several
+    items. A level that was not extracted has row 0 alone and an index of zeros (scenarios: S rows of zeros).
 
     Attributes:
-        users_NK: (M + 1, K) float16; row 0 is zeros and means "no knowledge", each other row belongs to one user.
-        user_index_N: (num_users + 1,) int32; knowledge row of each user row, 0 where there is none.
+        users_NK: (user vectors + 1, K) float16; row 0 is zeros and means "no knowledge".
+        user_index_N: (num_users + 1,) int32; row of `users_NK` of each user row, 0 where there is none.
         scenarios_SK: (S, K) float32, in the order of the schema's scenarios.
+        items_NK: (item vectors + 1, K) float16; row 0 is zeros and means "no knowledge".
+        item_index_N: (num_items + 1,) int32; row of `items_NK` of each item row, 0 where there is none.
     """
 
     users_NK: np.ndarray
     user_index_N: np.ndarray
     scenarios_SK: np.ndarray
+    items_NK: np.ndarray
+    item_index_N: np.ndarray
 
     def __post_init__(self) -> None:
-        """Checks types, shapes and the range of the index."""
-        for name, array, dtype, ndim in (
-            ("users_NK", self.users_NK, np.float16, 2),
-            ("user_index_N", self.user_index_N, np.int32, 1),
-            ("scenarios_SK", self.scenarios_SK, np.float32, 2),
+        """Checks types, shapes and the range of the indices."""
+        for name, dtype, ndim in (
+            ("users_NK", np.float16, 2),
+            ("user_index_N", np.int32, 1),
+            ("scenarios_SK", np.float32, 2),
+            ("items_NK", np.float16, 2),
+            ("item_index_N", np.int32, 1),
         ):
+            array = getattr(self, name)
             if array.dtype != dtype or array.ndim != ndim or not len(array):
                 raise ValueError(
                     f"{name}: found {array.dtype} of shape {array.shape}, needed {np.dtype(dtype)} with {ndim} axes "
                     "and at least one row"
                 )
-        if self.users_NK.shape[1] != self.scenarios_SK.shape[1]:
+        if not self.users_NK.shape[1] == self.scenarios_SK.shape[1] == self.items_NK.shape[1]:
             raise ValueError(
-                f"users have knowledge of width {self.users_NK.shape[1]}, scenarios of {self.scenarios_SK.shape[1]}"
+                f"users have knowledge of width {self.users_NK.shape[1]}, scenarios of {self.scenarios_SK.shape[1]}, "
+                f"items of {self.items_NK.shape[1]}: needed one width"
             )
-        low, high = int(self.user_index_N.min()), int(self.user_index_N.max())
-        if low < 0 or high >= len(self.users_NK) or self.user_index_N[0] != 0:
-            raise ValueError(
-                f"user_index_N holds {low} to {high} and starts with {self.user_index_N[0]}: "
-                f"needed 0 to {len(self.users_NK) - 1}, starting with 0"
-            )
-        if np.any(self.users_NK[0]):
-            raise ValueError("users_NK[0] must be zeros: it stands for a user without knowledge")
+        for level, vectors_NK, index_N in (
+            ("user", self.users_NK, self.user_index_N),
+            ("item", self.items_NK, self.item_index_N),
+        ):
+            low, high = int(index_N.min()), int(index_N.max())
+            if low < 0 or high >= len(vectors_NK) or index_N[0] != 0:
+                raise ValueError(
+                    f"{level}_index_N holds {low} to {high} and starts with {index_N[0]}: "
+                    f"needed 0 to {len(vectors_NK) - 1}, starting with 0"
+                )
+            if np.any(vectors_NK[0]):
+                raise ValueError(f"{level}s_NK[0] must be zeros: it stands for {level}s without knowledge")
 
     @property
     def width(self) -> int:
@@ -68,26 +88,47 @@ class KnowledgeTable:
         """Users whose knowledge row is not 0."""
         return int(np.count_nonzero(self.user_index_N))
 
-    def shuffled(self, seed: int) -> KnowledgeTable:
-        """Returns the control: the same vectors, given to the wrong users and scenarios.
+    @property
+    def num_items_with_knowledge(self) -> int:
+        """Items whose knowledge row is not 0."""
+        return int(np.count_nonzero(self.item_index_N))
 
-        Users with knowledge swap rows along one random cycle through all of them, so that none keeps its own when
-        there are at least two; users without knowledge stay without. Scenario rows move on by one.
+    @property
+    def has_items(self) -> bool:
+        """Whether there is any vector of an item: a model without them has no item knowledge."""
+        return len(self.items_NK) > 1
+
+    def user_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns mean_K and std_K (float32) of the users' vectors, row 0 left out; 0 and 1 where there are none."""
+        return _statistics(self.users_NK)
+
+    def item_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns mean_K and std_K (float32) of the items' vectors, row 0 left out; 0 and 1 where there are none."""
+        return _statistics(self.items_NK)
+
+    def shuffled(self, seed: int) -> KnowledgeTable:
+        """Returns the control: the same vectors, given to the wrong users, scenarios and items.
+
+        Users' vectors move along one random cycle through all of them, so that no user keeps its own when there are
+        at least two, and users who share a vector still share one; users without knowledge stay without. Items
+        likewise, along a cycle of their own. Scenario rows move on by one.
 
         Args:
-            seed: Seed of the cycle.
+            seed: Seed of the cycles.
         """
-        rows = len(self.users_NK)
-        order = np.random.default_rng(seed).permutation(np.arange(1, rows, dtype=np.int32))
-        moved = np.zeros(rows, dtype=np.int32)
-        moved[order] = np.roll(order, 1)
-        return KnowledgeTable(self.users_NK, moved[self.user_index_N], np.roll(self.scenarios_SK, 1, axis=0))
+        return KnowledgeTable(
+            users_NK=self.users_NK,
+            user_index_N=_cycle(len(self.users_NK), np.random.default_rng(seed))[self.user_index_N],
+            scenarios_SK=np.roll(self.scenarios_SK, 1, axis=0),
+            items_NK=self.items_NK,
+            item_index_N=_cycle(len(self.items_NK), np.random.default_rng((seed, 1)))[self.item_index_N],
+        )
 
     def save(self, uri: str) -> None:
-        """Writes the three arrays as plain .npy files below a directory."""
-        for name, array in ((USERS, self.users_NK), (USER_INDEX, self.user_index_N), (SCENARIOS, self.scenarios_SK)):
+        """Writes the five arrays as plain .npy files below a directory."""
+        for field, name in FILES.items():
             with storage.atomic_write(storage.join(uri, name)) as file:
-                np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+                np.save(file, np.ascontiguousarray(getattr(self, field)), allow_pickle=False)
 
     @classmethod
     def load(cls, uri: str) -> KnowledgeTable:
@@ -96,9 +137,9 @@ class KnowledgeTable:
         Raises:
             StorageError: A file is missing or is not what `save` writes.
         """
-        arrays = [_load(storage.join(uri, name)) for name in (USERS, USER_INDEX, SCENARIOS)]
+        arrays = {field: _load(storage.join(uri, name)) for field, name in FILES.items()}
         try:
-            return cls(*arrays)
+            return cls(**arrays)
         except ValueError as error:
             raise storage.StorageError(f"{uri}: not a knowledge table: {error}") from error
 
@@ -111,6 +152,35 @@ def _load(uri: str) -> np.ndarray:
         with fs.open(path, "rb") as file:
             return np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
-        raise storage.StorageError(f"{uri}: no such file") from error
+        raise storage.StorageError(
+            f"{uri}: no such file; a knowledge table is made of {', '.join(FILES.values())}, one without them all is "
+            "damaged or of another version: extract again, or for a checkpoint train again"
+        ) from error
     except (ValueError, OSError, EOFError) as error:
         raise storage.StorageError(f"{uri}: not a readable .npy file: {error}") from error
+
+
+def _cycle(num_rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns where each row goes (int32): 0 stays, the others along one random cycle through them all."""
+    order = rng.permutation(np.arange(1, num_rows, dtype=np.int32))
+    moved = np.zeros(num_rows, dtype=np.int32)
+    moved[order] = np.roll(order, 1)
+    return moved
+
+
+def _statistics(vectors_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean_K and std_K of all rows but row 0, read in blocks: the whole table is never held as float32."""
+    num_rows, width = len(vectors_NK) - 1, vectors_NK.shape[1]
+    if not num_rows:
+        return np.zeros(width, np.float32), np.ones(width, np.float32)
+    # The sums are taken around the first vector: vectors of one template are much alike.
+    origin_K = vectors_NK[1].astype(np.float64)
+    sum_K, square_K = np.zeros(width), np.zeros(width)
+    block_rows = max(1, STATISTICS_BLOCK_BYTES // (8 * width))
+    for first in range(1, len(vectors_NK), block_rows):
+        block_NK = vectors_NK[first : first + block_rows] - origin_K
+        sum_K += block_NK.sum(0)
+        square_K += np.square(block_NK).sum(0)
+    mean_K = sum_K / num_rows
+    std_K = np.sqrt(np.maximum(square_K / num_rows - np.square(mean_K), 0))
+    return (origin_K + mean_K).astype(np.float32), std_K.astype(np.float32)

@@ -2,9 +2,11 @@
 
 User-level meta layers transform the backbone's input at the bottom, scenario-level meta layers run in parallel with
 the backbone and add their logit. Both are generated from vectors that a frozen language model made offline.
-What the paper leaves open is a reconstruction, listed in docs/method.md.
+What the paper leaves open is a reconstruction, listed in docs/method.md. Item knowledge is beyond the paper: a feature
+of the item, as in KAR (Xi et al., arXiv 2306.10933).
 
-Axes: B rows, S scenarios, U distinct users + 1 (row 0: no knowledge), K knowledge width, D input width.
+Axes: B rows, S scenarios, U distinct users or items + 1 (row 0: no knowledge), K knowledge width, D input width,
+P width of the item projection.
 """
 
 from __future__ import annotations
@@ -23,6 +25,26 @@ from llm4msr.schema import FeatureSchema
 
 if TYPE_CHECKING:
     from llm4msr.batch import Batch
+    from llm4msr.knowledge.table import KnowledgeTable
+
+
+class ItemKnowledge(nn.Module):
+    """Item knowledge as a feature: each distinct item's vector condensed K -> item_knowledge_dims.
+
+    An item without knowledge has a learned P-vector. KAR condenses with a mixture of experts; here it is one stack.
+    """
+
+    def __init__(self, knowledge_dim: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.knowledge_dropout = config.meta.knowledge_dropout
+        self.trunk = KnowledgeTrunk(knowledge_dim, config.item_knowledge_dims, missing=True)
+        self.output_dim = self.trunk.output_dim
+
+    def forward(self, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
+        """Returns (B, P); in training a share of the rows is shown without knowledge."""
+        if self.training:
+            index_B = hide_share(index_B, self.knowledge_dropout)
+        return self.trunk(knowledge_UK)[index_B]
 
 
 class UserMeta(nn.Module):
@@ -40,14 +62,21 @@ class UserMeta(nn.Module):
 
     def forward(self, x_BD: torch.Tensor, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
         """Transforms x_BD; in training a share of the rows is shown without knowledge."""
-        if self.training and self.knowledge_dropout > 0:
-            hidden_B = torch.rand(len(index_B), device=index_B.device) < self.knowledge_dropout
-            index_B = index_B.masked_fill(hidden_B, 0)
+        if self.training:
+            index_B = hide_share(index_B, self.knowledge_dropout)
         z_UZ = self.trunk(knowledge_UK)
         for layer in self.layers:
             changed_BD = nn.functional.gelu(layer(x_BD, z_UZ, index_B))
             x_BD = x_BD + changed_BD if self.residual else changed_BD
         return x_BD
+
+
+def hide_share(index_B: torch.Tensor, share: float) -> torch.Tensor:
+    """Returns the index with a random share of the rows at 0, which stands for no knowledge."""
+    if share == 0:
+        return index_B
+    hidden_B = torch.rand(len(index_B), device=index_B.device) < share
+    return index_B.masked_fill(hidden_B, 0)
 
 
 class ScenarioMeta(nn.Module):
@@ -81,6 +110,7 @@ class MultiScenarioModel(nn.Module):
     Args:
         embedding: Batch to x_BD.
         backbone: (x_BD, scenario_B) to logit_B.
+        item_knowledge: Columns of x_BD after the embedding's, or None.
         user_meta: User-level meta layers at the bottom, or None.
         scenario_meta: Scenario-level meta layers in parallel, or None.
     """
@@ -89,12 +119,14 @@ class MultiScenarioModel(nn.Module):
         self,
         embedding: FeatureEmbedding,
         backbone: Backbone,
+        item_knowledge: ItemKnowledge | None = None,
         user_meta: UserMeta | None = None,
         scenario_meta: ScenarioMeta | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
         self.backbone = backbone
+        self.item_knowledge = item_knowledge
         self.user_meta = user_meta
         self.scenario_meta = scenario_meta
 
@@ -102,6 +134,9 @@ class MultiScenarioModel(nn.Module):
         """Returns logit_B, and the squared norm of each row's embeddings (B,) for their penalty."""
         x_BD = self.embedding(batch)
         norm_B = x_BD[:, : self.embedding.embedded_dim].square().sum(1)
+        if self.item_knowledge is not None:
+            item_BP = self.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
+            x_BD = torch.cat([x_BD, item_BP], dim=1)
         if self.user_meta is not None:
             x_BD = self.user_meta(x_BD, batch.knowledge_UK, batch.knowledge_index_B)
         logit_B = self.backbone(x_BD, batch.scenario_B)
@@ -110,50 +145,59 @@ class MultiScenarioModel(nn.Module):
         return logit_B, norm_B
 
 
-def build_model(schema: FeatureSchema, config: ModelConfig, knowledge_dim: int | None) -> MultiScenarioModel:
+def build_model(
+    schema: FeatureSchema, config: ModelConfig, knowledge_dim: int | None, item_knowledge: bool = False
+) -> MultiScenarioModel:
     """Builds the model from schema and configuration alone.
 
     Args:
         schema: Features and scenarios.
         config: Backbone, widths, meta networks.
         knowledge_dim: K; None builds the backbone alone.
+        item_knowledge: Whether the knowledge has vectors of items; ignored without knowledge.
 
     Raises:
-        ValueError: Unknown backbone, or meta networks with both levels switched off.
+        ValueError: Unknown backbone, or knowledge that nothing would read.
     """
     embedding = FeatureEmbedding(schema, config.embedding_dim, config.unseen_dropout)
     num_scenarios = len(schema.scenarios)
-    backbone = build_backbone(embedding.output_dim, num_scenarios, config)
     if knowledge_dim is None:
-        return MultiScenarioModel(embedding, backbone)
+        return MultiScenarioModel(embedding, build_backbone(embedding.output_dim, num_scenarios, config))
     meta = config.meta
-    if not (meta.user_level or meta.scenario_level):
+    if not (meta.user_level or meta.scenario_level or item_knowledge):
         raise ValueError(
-            "model.meta.user_level and model.meta.scenario_level are both off: "
+            "model.meta.user_level and model.meta.scenario_level are both off and no item has knowledge: "
             "nothing would read the knowledge; use experiment.knowledge none instead"
         )
+    items = ItemKnowledge(knowledge_dim, config) if item_knowledge else None
+    input_dim = embedding.output_dim + (items.output_dim if items else 0)
     return MultiScenarioModel(
         embedding,
-        backbone,
-        UserMeta(knowledge_dim, embedding.output_dim, meta) if meta.user_level else None,
-        ScenarioMeta(knowledge_dim, embedding.output_dim, num_scenarios, meta) if meta.scenario_level else None,
+        build_backbone(input_dim, num_scenarios, config),
+        items,
+        UserMeta(knowledge_dim, input_dim, meta) if meta.user_level else None,
+        ScenarioMeta(knowledge_dim, input_dim, num_scenarios, meta) if meta.scenario_level else None,
     )
 
 
-def set_knowledge(model: MultiScenarioModel, users_UK: torch.Tensor, scenarios_SK: torch.Tensor) -> None:
+def set_knowledge(model: MultiScenarioModel, table: KnowledgeTable) -> None:
     """Gives a fresh model its knowledge: the statistics that standardise it, and the scenarios' vectors.
 
-    Users' vectors are standardised component by component over the users that have any. Scenarios' vectors lose
-    their mean and are divided by the root mean square of the rest, so that they are of unit scale too.
+    Users' vectors are standardised component by component over the users' vectors, items' over the items'. Scenarios'
+    vectors lose their mean and are divided by the root mean square of the rest, so that they are of unit scale too.
 
     Args:
-        model: Built with a knowledge width.
-        users_UK: Vectors of the users with knowledge (without row 0).
-        scenarios_SK: Vectors of the scenarios.
+        model: Built with the table's width.
+        table: What it will be trained with.
     """
-    if model.user_meta is not None:
-        model.user_meta.trunk.set_statistics(users_UK.mean(0), users_UK.std(0, unbiased=False))
+    for part, statistics in (
+        (model.user_meta, table.user_statistics),
+        (model.item_knowledge, table.item_statistics),
+    ):
+        if part is not None:
+            part.trunk.set_statistics(*map(torch.from_numpy, statistics()))
     if model.scenario_meta is not None:
+        scenarios_SK = torch.tensor(table.scenarios_SK)
         model.scenario_meta.knowledge_SK.copy_(scenarios_SK)
         # A few scenarios say nothing about single components: one scale for all, that of what tells them apart.
         centred_SK = scenarios_SK - scenarios_SK.mean(0)

@@ -117,10 +117,11 @@ def load_checkpoint(uri: str) -> Checkpoint:
     users = storage.read_parquet(storage.join(uri, USERS_FILE))
     items = storage.read_parquet(storage.join(uri, ITEMS_FILE))
     metadata = storage.read_json(storage.join(uri, "metadata.json"))
-    knowledge = None
-    if metadata["knowledge"] != "none":
+    if metadata["knowledge"] == "none":
+        knowledge, model = None, build_model(schema, config.model, None)
+    else:
         knowledge = KnowledgeTable.load(storage.join(uri, KNOWLEDGE_DIRECTORY))
-    model = build_model(schema, config.model, knowledge.width if knowledge else None)
+        model = build_model(schema, config.model, knowledge.width, knowledge.has_items)
     _load_weights(model, uri)
     collator = Collator(
         schema,

@@ -108,10 +108,13 @@ def train_worker(
         knowledge,
     )
     torch.manual_seed(task.seed)  # the same initial weights on every worker
-    model = build_model(prepared.schema, config.model, knowledge.width if knowledge else None)
-    if knowledge is not None:
-        users_UK = torch.from_numpy(knowledge.users_NK[1:].astype(np.float32))
-        set_knowledge(model, users_UK, torch.from_numpy(np.array(knowledge.scenarios_SK)))
+    if knowledge is None:
+        model = build_model(prepared.schema, config.model, None)
+    else:
+        model = build_model(prepared.schema, config.model, knowledge.width, knowledge.has_items)
+        set_knowledge(model, knowledge)
+        if "item" in config.knowledge.levels and not knowledge.has_items:
+            logger.warning("%s: no item has knowledge: the model is built without item knowledge", task.name)
     model.to(device)
     torch.manual_seed(task.seed * 1000 + rank)  # dropout differs between workers
     trainer = _Trainer(task, model, collator, prepared, rank, world_size, device)

@@ -19,14 +19,15 @@ from llm4msr.training.loop import TrainTask, train_worker
 
 logger = logging.getLogger("llm4msr.training")
 
-TRAIN_VERSION = 1  # part of a run's digest: with other code, a finished run is not the same run
+TRAIN_VERSION = 2  # part of a run's digest: with other code, a finished run is not the same run
 
 
 def plan_runs(config: Config) -> list[TrainTask]:
     """Lists the runs of ``experiment.knowledge`` x ``experiment.seeds``.
 
     A run's place follows from all that its result depends on, so a finished run is found again and any change makes
-    a new one. The backbone alone does not depend on the knowledge or on the meta networks.
+    a new one. The backbone alone does not depend on the knowledge or on what reads it, and no run on the widths of an
+    item knowledge that it does not have.
 
     Raises:
         StorageError: Data or knowledge is not there yet.
@@ -35,13 +36,18 @@ def plan_runs(config: Config) -> list[TrainTask]:
     tasks = []
     for knowledge in config.experiment.knowledge:
         place = knowledge_uri(config) if knowledge != "none" else None
-        model = config.model.model_dump(mode="json", exclude={"meta"} if knowledge == "none" else None)
+        levels = sorted(config.knowledge.levels) if knowledge != "none" else []
+        unused = {"meta"} if knowledge == "none" else set()
+        if "item" not in levels:
+            unused.add("item_knowledge_dims")
+        model = config.model.model_dump(mode="json", exclude=unused)
         for seed in config.experiment.seeds:
             depends_on = {
                 "version": TRAIN_VERSION,
                 "prepared": prepared_uri.rsplit("/", 1)[-1],
                 "knowledge_table": place and place.rsplit("/", 1)[-1],
                 "knowledge": knowledge,
+                "levels": levels,
                 "seed": seed,
                 "model": model,
                 "train": config.train.model_dump(mode="json", exclude={"log_every_steps"}),

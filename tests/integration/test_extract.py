@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError
 from llm4msr.data.source import DataError
-from llm4msr.knowledge.encoder import Encoder
+from llm4msr.knowledge.engines.encoder import Encoder
 from llm4msr.knowledge.pipeline import extract
 from llm4msr.knowledge.place import knowledge_uri, store_root
 from llm4msr.knowledge.prompts import prompts_from_table
@@ -64,12 +63,14 @@ def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int 
             storage.write_parquet(storage.join(uri, entry["file"]), as_table(records, 100 * bucket))
             files.setdefault(split, []).append(entry)
     storage.write_json(storage.join(uri, "schema.json"), SCHEMA.to_json())
-    storage.write_manifest(uri, {"kind": "prepared", "files": files, "data": {"drawn_negatives": drawn}})
+    storage.write_manifest(
+        uri, {"kind": "prepared", "files": files, "num_buckets": 2, "data": {"drawn_negatives": drawn}}
+    )
     storage.write_json(workspace.prepared_pointer_uri(config), {"directory": name})
 
 
 def make_config(root: str, **knowledge) -> Config:
-    settings = {"num_actors": 1, "rows_per_commit": 2, **knowledge}
+    settings = {"num_actors": 1, "rows_per_commit": 2, "dtype": "float32", **knowledge}
     return config_from_dict({"workspace_uri": root, "knowledge": settings})
 
 
@@ -91,7 +92,7 @@ def test_extract_from_prepared_data_to_table(ray_cluster, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "llm4msr.knowledge"):
         uri = extract(config)
     assert re.search(r"5 prompts, 5 distinct, 0 already in the store, 5 to encode on 1 actors \(cpu\)", caplog.text)
-    assert "encoded all 5 prompts in " in caplog.text
+    assert "encoded 5 prompts in " in caplog.text
     assert knowledge_uri(config) == uri
 
     # Users 1, 2 and 4 liked something; user 3 did not. The vectors are those of the prompts, by user.
@@ -109,7 +110,7 @@ def test_extract_from_prepared_data_to_table(ray_cluster, tmp_path, caplog):
     # Nothing of valid, test or disliked rows is quoted.
     text = (Path(uri) / "prompts.txt").read_text()
     assert "Liked in search (2): green tea (x2)" in text and "Liked in feed (2, 1 untitled): steel pan" in text
-    quoted = json.dumps(pq.read_table(Path(uri) / "prompts").to_pylist())
+    quoted = str(storage.read_parquet(storage.join(uri, "prompts")).to_pylist())
     assert not re.search("knife|kettle|mixer", quoted + text)
 
     found = summary(uri)

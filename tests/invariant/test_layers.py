@@ -53,9 +53,10 @@ ONLY_IN = {
         "llm4msr.data.pipeline",
         "llm4msr.knowledge.actors",
         "llm4msr.knowledge.pipeline",
+        "llm4msr.knowledge.engines.vllm",
         "llm4msr.training.run",
     },
-    "transformers": {"llm4msr.knowledge.encoder"},
+    "transformers": {"llm4msr.knowledge.engines.encoder"},
 }
 ONLY_TORCH = "llm4msr.models"
 
@@ -202,17 +203,20 @@ PLANTED = {
         "import ray.data as rd\n",
         [
             "llm4msr.data.features imports ray.data; ray belongs in llm4msr.data.pipeline, llm4msr.knowledge.actors, "
-            "llm4msr.knowledge.pipeline, llm4msr.training.run"
+            "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, llm4msr.training.run"
         ],
     ),
     "llm4msr/data/pipeline.py": ("import ray\nfrom llm4msr.data import csv\n", []),
     "llm4msr/data/prepared.py": ("from . import csv\nfrom ..schema import Feature\n", []),
     "llm4msr/knowledge/__init__.py": ("", []),
-    "llm4msr/knowledge/encoder.py": ("import transformers\nfrom llm4msr.data.prepared import PreparedData\n", []),
+    "llm4msr/knowledge/engines/encoder.py": (
+        "import transformers\nfrom llm4msr.data.prepared import PreparedData\n",
+        [],
+    ),
     "llm4msr/knowledge/store.py": (
         "from transformers import AutoModel\nfrom ..data import csv\n",
         [
-            "llm4msr.knowledge.store imports transformers; transformers belongs in llm4msr.knowledge.encoder",
+            "llm4msr.knowledge.store imports transformers; transformers belongs in llm4msr.knowledge.engines.encoder",
             "llm4msr.knowledge.store imports llm4msr.data.csv",
         ],
     ),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
+from llm4msr.knowledge.table import FILES
 from llm4msr.ranker import Ranker, RankRequest
 from llm4msr.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -45,8 +46,26 @@ class TestRoundTrip:
         assert loaded.vocabulary("search_source").to_pylist() == ["box", "suggestion"]
         assert loaded.metadata["model_version"] == "tiny-0"
         assert not loaded.model.training
-        for name in ("users_NK", "user_index_N", "scenarios_SK"):
+        for name in FILES:
             np.testing.assert_array_equal(getattr(loaded.knowledge, name), getattr(tiny_knowledge(), name))
+        assert loaded.model.item_knowledge is None
+
+    def test_item_knowledge_comes_back(self, prepared, tmp_path):
+        """What is served needs nothing beside the checkpoint: vectors, index, projection and its statistics."""
+        table = tiny_knowledge(items=True)
+
+        loaded = load_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, table))
+
+        for name in FILES:
+            np.testing.assert_array_equal(getattr(loaded.knowledge, name), getattr(table, name))
+        trunk = loaded.model.item_knowledge.trunk
+        mean_K, std_K = table.item_statistics()
+        np.testing.assert_array_equal(trunk.mean_K, mean_K)
+        np.testing.assert_array_equal(trunk.std_K, std_K)
+        assert trunk.dense[0].weight.shape == (64, 8) and trunk.missing_Z.shape == (16,)
+        before = Ranker(loaded).rank(REQUEST)
+        moved = Path(loaded.uri).rename(tmp_path / "elsewhere")
+        assert Ranker.from_checkpoint(str(moved)).rank(REQUEST).results == before.results
 
     def test_weights_come_back_bit_by_bit(self, prepared, checkpoint, tmp_path):
         first = load_checkpoint(str(checkpoint))
@@ -138,8 +157,22 @@ class TestRefusals:
         assert name in str(error.value)
         assert "strange" in str(error.value)
 
-    def test_knowledge_that_is_gone(self, checkpoint):
-        (checkpoint / "knowledge" / "users.npy").unlink()
+    @pytest.mark.parametrize("name", ["users.npy", "items.npy"])
+    def test_knowledge_that_is_gone(self, checkpoint, name):
+        (checkpoint / "knowledge" / name).unlink()
 
-        with pytest.raises(storage.StorageError, match=r"knowledge/users.npy: no such file"):
+        with pytest.raises(storage.StorageError, match=rf"knowledge/{name}: no such file; .* train again"):
+            load_checkpoint(str(checkpoint))
+
+    def test_knowledge_of_other_data(self, checkpoint):
+        index_N = np.load(checkpoint / "knowledge" / "item_index.npy")
+        np.save(checkpoint / "knowledge" / "item_index.npy", index_N[:-1])
+
+        with pytest.raises(ValueError, match="the knowledge table is of 29 items, the data has 30"):
+            load_checkpoint(str(checkpoint))
+
+    def test_item_knowledge_without_its_weights(self, prepared, checkpoint):
+        tiny_knowledge(items=True).save(str(checkpoint / "knowledge"))
+
+        with pytest.raises(storage.StorageError, match=r"weights do not fit config.json[\s\S]*item_knowledge"):
             load_checkpoint(str(checkpoint))

@@ -15,70 +15,18 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_lm import TEMPLATE, WORDS, alone, encoder, make_model, prompts
 
 from llm4msr.config import KnowledgeConfig
-from llm4msr.knowledge.encoder import Encoder, EncoderError, encoder_identity, pool
+from llm4msr.knowledge.engines.devices import cpu_has_bfloat16, resolve_dtype
+from llm4msr.knowledge.engines.encoder import Encoder, EncoderError, encoder_identity
+from llm4msr.knowledge.engines.forward import pool
 from llm4msr.knowledge.prompts import Liked, Prompt, user_prompt
-
-NOUNS = ["tea", "coffee", "pan", "steel", "green", "big", "old", "new", "red"]
-WORDS = [*NOUNS, "user", "liked", "in", "a", "b", "which", "interests", "does", "this", "show"]
-TEMPLATE = (
-    "{% for m in messages %}<turn> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
-)
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
-
-
-def prompts(n: int = 9) -> list[Prompt]:
-    generator = np.random.default_rng(0)
-
-    def events(k: int) -> tuple[str, ...]:
-        return tuple(" ".join(generator.choice(NOUNS, 2)) for _ in range(k))
-
-    return [
-        user_prompt(str(i), "", [Liked("a", i, 0, events(i)), Liked("b", 1, 0, events(1))]) for i in range(1, n + 1)
-    ]
-
-
-def make_model(path: Path, kind: str = "llama", **tokenizer_settings) -> str:
-    """Writes a model with random weights and a tokenizer of whole words."""
-    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "<turn>", "<reply>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    chat_template = tokenizer_settings.pop("chat_template", None)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", **tokenizer_settings
-    )
-    fast.chat_template = chat_template
-    fast.save_pretrained(path)
-    torch.manual_seed(0)
-    size = SIZES | {"vocab_size": len(vocabulary)}
-    if kind == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, intermediate_size=48))
-    elif kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=len(vocabulary), n_embd=32, n_layer=2, n_head=4, n_positions=96)
-        model = transformers.GPT2LMHeadModel(config)
-    elif kind == "bert":
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**size, intermediate_size=48))
-    else:
-        model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=len(vocabulary), d_model=32, num_layers=1, num_heads=2, d_ff=32, d_kv=16)
-        )
-    model.save_pretrained(path)
-    return str(path)
-
-
-def encoder(model: str, **settings) -> Encoder:
-    return Encoder(KnowledgeConfig(model=model, **settings), "cpu")
-
-
-def alone(e: Encoder, items: list[Prompt]) -> np.ndarray:
-    return np.concatenate([e.encode([p]).vectors for p in items])
 
 
 @pytest.fixture(scope="module")
 def embedded() -> Encoder:
-    return encoder("embedded", batch_size=4)
+    return encoder("embedded", batch_tokens=200)
 
 
 def test_embedded_gives_the_vectors_of_its_own_library(embedded):
@@ -100,7 +48,7 @@ def test_embedded_alone_and_in_a_batch(embedded):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_causal_alone_in_a_batch_and_on_either_side(tmp_path, kind, side, pooling):
-    e = encoder(make_model(tmp_path / kind, kind, padding_side=side), pooling=pooling, batch_size=4)
+    e = encoder(make_model(tmp_path / kind, kind, padding_side=side), pooling=pooling, batch_tokens=200)
     together = e.encode(prompts()).vectors
     np.testing.assert_allclose(together, alone(e, prompts()), atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 1e-2
@@ -114,7 +62,7 @@ def test_a_real_causal_model(shared, pooling, tmp_path):
     for side in ("right", "left"):
         settings = model / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": side}))
-        e = encoder(str(model), pooling=pooling, batch_size=4)
+        e = encoder(str(model), pooling=pooling, batch_tokens=200)
         vectors.append(e.encode(prompts()).vectors)
         np.testing.assert_allclose(vectors[-1], alone(e, prompts()), atol=1e-4)
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
@@ -213,16 +161,23 @@ def test_identity_follows_what_decides_the_vectors(tmp_path):
     path = make_model(tmp_path / "m")
     config = KnowledgeConfig(model=path)
     identity = encoder_identity(config, "cpu")
-    assert encoder(path).identity == identity
-    assert identity["dtype"] == "float32" and encoder_identity(config, "cuda")["dtype"] == "bfloat16"
+    assert Encoder(config, "cpu").identity == identity
+    assert identity["dtype"] == resolve_dtype(config, "cpu") == ("bfloat16" if cpu_has_bfloat16() else "float32")
+    assert encoder_identity(config, "cuda")["dtype"] == "bfloat16"
     moved = shutil.copytree(path, tmp_path / "elsewhere")
-    assert encoder_identity(KnowledgeConfig(model=str(moved), batch_size=1, num_actors=3), "cpu") == identity
+    assert encoder_identity(KnowledgeConfig(model=str(moved), batch_tokens=1, num_actors=3), "cpu") == identity
     weights = load_file(moved / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, moved / "model.safetensors", metadata={"format": "pt"})
     changes = [KnowledgeConfig(model=str(moved)), *(KnowledgeConfig(model=path, **c) for c in (
-        {"pooling": "mean"}, {"layer": 1}, {"max_tokens": 64}, {"dtype": "bfloat16"}))]  # fmt: skip
+        {"pooling": "mean"}, {"layer": 1}, {"max_tokens": 64}, {"dtype": "float16"}, {"preamble": "a"},
+        {"generate": True, "max_new_tokens": 9}))]  # fmt: skip
     digests = [str(encoder_identity(c, "cpu")) for c in [config, *changes]]
-    assert len(set(digests)) == 6
+    assert len(set(digests)) == 8
+    writes = [config.model_copy(update={"generate": True, "max_new_tokens": 9} | c) for c in (
+        {}, {"max_new_tokens": 8}, {"temperature": 0.5}, {"seed": 1}, {"state_from": "generated"})]  # fmt: skip
+    assert len({str(encoder_identity(c, "cpu")) for c in writes}) == 5
+    silent = [config.model_copy(update=c) for c in ({"seed": 1}, {"temperature": 0.5}, {"compile": True})]
+    assert all(encoder_identity(c, "cpu") == identity for c in silent)
 
 
 def test_reduced_precision_is_close_and_comes_out_as_float32(tmp_path):
@@ -263,7 +218,7 @@ def test_a_hugging_face_id_is_pinned_to_its_commit(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = (
-        "from llm4msr.config import KnowledgeConfig; from llm4msr.knowledge.encoder import Encoder\n"
+        "from llm4msr.config import KnowledgeConfig; from llm4msr.knowledge.engines.encoder import Encoder\n"
         "e = Encoder(KnowledgeConfig(model='owner/tiny'), 'cpu')\n"
         "assert e.width == 32; print(e.identity['model'], e.identity['revision'])"
     )

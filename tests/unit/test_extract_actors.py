@@ -1,4 +1,4 @@
-"""The parts of an extraction without Ray: planning the pool, cutting the work, one actor's work, what may fail."""
+"""The parts of an extraction without Ray: planning the pool, one actor's work, what may fail."""
 
 from __future__ import annotations
 
@@ -7,80 +7,153 @@ import pytest
 
 from llm4msr import storage
 from llm4msr.config import ConfigError, KnowledgeConfig
-from llm4msr.knowledge.actors import EncodeUnit, Pool, cut_units, plan_pool, progress_line
-from llm4msr.knowledge.encoder import EncoderError, encoder_identity
-from llm4msr.knowledge.pipeline import check_failures
+from llm4msr.knowledge import actors
+from llm4msr.knowledge.actors import EncodeUnit, Pool, plan_pool
+from llm4msr.knowledge.engines.encoder import EncoderError, encoder_identity
+from llm4msr.knowledge.engines.interface import BatchDone, Hardware
+from llm4msr.knowledge.pipeline import check_errors
 from llm4msr.knowledge.prompts import Prompt, prompts_table
-from llm4msr.knowledge.store import KnowledgeStore, prompt_keys
-from llm4msr.schema import Scenario
+from llm4msr.knowledge.store import KnowledgeStore, keys_to_arrow, prompt_keys
+
+LARGE = {"model": "owner/large"}
 
 
 @pytest.mark.parametrize(
     ("settings", "num_gpus", "num_cpus", "expected"),
     [
-        ({}, 0, 2, Pool(2, 0, 1)),  # the embedded encoder: an actor per core
-        ({"num_actors": 1}, 0, 2, Pool(1, 0, 2)),
-        ({"num_actors": 3}, 0, 16, Pool(3, 0, 5)),
-        ({"model": "owner/large"}, 0, 4, Pool(1, 0, 4)),
-        ({"model": "owner/large"}, 0, 16, Pool(2, 0, 8)),
-        ({"model": "owner/large"}, 4, 64, Pool(4, 1, 8)),
-        ({"num_actors": 2}, 4, 3, Pool(2, 1, 1)),
+        ({}, 0, 2, Pool(2, 2, 0, 1)),  # the embedded encoder: an actor per core
+        ({}, 0, 16, Pool(16, 16, 0, 1)),
+        ({"num_actors": 1}, 0, 2, Pool(1, 1, 0, 2)),
+        ({"num_actors": 3}, 0, 16, Pool(3, 3, 0, 5)),
+        ({"num_actors": (1, 4)}, 0, 2, Pool(1, 4, 0, 2)),  # a cluster that grows
+        ({"cpus_per_actor": 2}, 0, 8, Pool(4, 4, 0, 2)),
+        (LARGE, 0, 4, Pool(1, 1, 0, 4)),
+        (LARGE, 0, 16, Pool(2, 2, 0, 8)),
+        (LARGE, 4, 64, Pool(4, 4, 1, 8)),
+        (LARGE | {"device": "cpu"}, 4, 16, Pool(2, 2, 0, 8)),
+        (LARGE | {"num_actors": 2}, 4, 3, Pool(2, 2, 1, 1)),
+        (LARGE | {"gpus_per_actor": 0.5}, 2, 16, Pool(4, 4, 0.5, 4)),
+        (LARGE | {"gpus_per_actor": 2}, 4, 16, Pool(2, 2, 2, 8)),
+        (LARGE | {"device": "cuda", "num_actors": (1, 8)}, 0, 16, Pool(1, 8, 1, 8)),
+        (LARGE | {"engine": "openai"}, 4, 16, Pool(1, 1, 0, 1)),
+        (LARGE | {"engine": "openai", "num_actors": 3}, 0, 16, Pool(3, 3, 0, 1)),
     ],
 )
 def test_plan_pool(settings, num_gpus, num_cpus, expected):
-    assert plan_pool(KnowledgeConfig(**settings), num_gpus, num_cpus) == expected
-    assert expected.device == ("cuda" if num_gpus else "cpu")
+    pool = plan_pool(KnowledgeConfig(**settings), num_gpus, num_cpus)
+    assert pool == expected
+    assert pool.device == ("cuda" if expected.num_gpus else "cpu")
 
 
-def test_more_actors_than_can_run_are_refused():
-    with pytest.raises(ConfigError, match=r"num_actors 5: the cluster has 4 GPUs"):
-        plan_pool(KnowledgeConfig(num_actors=5), 4, 64)
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "message"),
+    [
+        ({"num_actors": 5}, 4, r"num_actors 5: the cluster has 4 GPUs, enough for 4"),
+        ({"num_actors": 5, "gpus_per_actor": 2}, 4, r"num_actors 5: the cluster has 4 GPUs, enough for 2"),
+        ({"num_actors": 65}, 0, r"num_actors 65: the cluster has 64 CPUs"),
+        ({"device": "cuda"}, 0, r"gpus_per_actor 1: the cluster has 0 GPUs now.*\[1, 8\]"),
+        ({"gpus_per_actor": 8}, 4, r"gpus_per_actor 8: the cluster has 4 GPUs now"),
+    ],
+)
+def test_actors_that_can_never_run_are_refused(settings, num_gpus, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_pool(KnowledgeConfig(**settings), num_gpus, 64)
 
 
-def test_cut_units_takes_each_missing_key_once_and_finds_its_record():
-    files = [("s", 2), ("empty", 0), ("a", 3), ("b", 4)]
-    keys = pa.array(["k0", "k1", "k2", "k3", "k2", "k4", "k5", "k1", "k6"])
-    missing = pa.array(["k6", "k2", "k1", "k5"])
-    assert cut_units(keys, missing, files, 3) == [
-        [{"uri": "s", "records": [1]}, {"uri": "a", "records": [0]}, {"uri": "b", "records": [1]}],
-        [{"uri": "b", "records": [3]}],
-    ]
-    assert cut_units(keys, missing.slice(0, 0), files, 3) == []
+CONFIG = KnowledgeConfig(max_tokens=32, dtype="float32")
 
 
-def test_progress_line():
-    assert progress_line(50, 200, 10.0) == "encoded 50/200 prompts, 5.0 prompts/s, 0 min 30 s left"
-    assert progress_line(1, 1000, 2.0) == "encoded 1/1000 prompts, 0.5 prompts/s, 33 min 18 s left"
-
-
-def test_an_actor_commits_what_it_encoded_and_reports_what_it_could_not(tmp_path):
-    config = KnowledgeConfig(max_tokens=32)
-    identity = encoder_identity(config, "cpu")
-    store = KnowledgeStore(str(tmp_path / "store"), identity)
-    prompts = [Prompt("user", str(i), text, (), tail) for i, (text, tail) in enumerate(
-        [("green tea", "why?"), ("steel pan", "why?"), ("", "word " * 40)])]  # fmt: skip
+@pytest.fixture
+def work(tmp_path):
+    """A store, the file of three prompts of which the last is too long, their keys, and what an actor is made with."""
+    identity = encoder_identity(CONFIG, "cpu")
+    root = str(tmp_path / "store")
+    store = KnowledgeStore(root, identity)
+    texts = [("green tea", "why?"), ("steel pan", "why?"), ("", "word " * 40)]
+    prompts = [Prompt("user", str(i), text, (), tail) for i, (text, tail) in enumerate(texts)]
     keys = prompt_keys(store.identity_digest, prompts)
     uri = str(tmp_path / "prompts.parquet")
-    storage.write_parquet(uri, prompts_table(prompts, [1, 2, 3], keys))
-    done: list[int] = []
-    actor = EncodeUnit(config, identity, str(tmp_path / "store"), "cpu", 1, done.append)
-    failures = actor.run([{"uri": uri, "records": [2, 1]}])
-    assert done == [1]
-    assert list(failures) == [keys[2]] and "exceeds 32 tokens" in failures[keys[2]]
-    assert store.keys().to_pylist() == [keys[1]]
-    assert list(actor.run([{"uri": uri, "records": [2]}])) == [keys[2]]
-    assert store.keys().to_pylist() == [keys[1]]
+    storage.write_parquet(uri, prompts_table(prompts, [1, 2, 3], keys_to_arrow(keys)))
+    return store, uri, keys, (CONFIG, identity, root, ("elsewhere", uri), "cpu", 1)
+
+
+def test_an_actor_commits_what_it_encoded_and_what_it_could_not(work):
+    store, _, keys, arguments = work
+    ready: list[Hardware] = []
+    done: list[BatchDone] = []
+    actor = EncodeUnit(*arguments, 1, ready.append, done.append)
+    unit = [{"file": 1, "records": [2, 1]}]
+    assert actor(pa.table({"unit": [unit]}))["num_failed"].to_pylist() == [1]
+    assert [hardware.device for hardware in ready] == ["cpu"]
+    total = sum(done, BatchDone())
+    assert (total.num_prompts, total.num_failed) == (2, 1) and total.num_tokens > 0
+    index = store.index()
+    assert index.keys_N.tolist() == [keys[1]]
+    assert "exceed" in index.error_of(keys)[2] and "32 tokens" in index.error_of(keys)[2]
+    assert actor.run([{"file": 1, "records": [2]}]) == 1  # it is tried again, and fails again
+    assert len(store.index().keys_N) == 1
+
+
+def test_what_an_actor_committed_before_it_died_is_not_done_again(work):
+    store, _, _, arguments = work
+    unit = [{"file": 1, "records": [0, 1]}]
+    assert EncodeUnit(*arguments).run(unit) == 0
+    before = store.index()
+    done: list[BatchDone] = []
+    assert EncodeUnit(*arguments, 1, None, done.append).run(unit) == 0
+    assert not done and store.index().parts == before.parts
+
+
+def test_an_actor_whose_model_is_not_the_drivers_says_so(work):
+    config, identity, *rest = work[3]
     with pytest.raises(EncoderError, match="differs between nodes"):
-        EncodeUnit(config, identity | {"dtype": "bfloat16"}, str(tmp_path / "store"), "cpu", 1)
+        EncodeUnit(config, identity | {"dtype": "bfloat16"}, *rest).run([{"file": 1, "records": [0]}])
+
+
+def test_storage_that_fails_for_a_while_is_asked_again(work, monkeypatch):
+    store, uri, _, arguments = work
+    monkeypatch.setattr(actors.wait_random_exponential, "__call__", lambda *_: 0)
+    broken = {"left": 3}
+    write = storage.write_parquet
+
+    def throttled(*given, **options):
+        if broken["left"]:
+            broken["left"] -= 1
+            raise OSError("SlowDown: please reduce your request rate")
+        return write(*given, **options)
+
+    monkeypatch.setattr(storage, "write_parquet", throttled)
+    unit = [{"file": 1, "records": [0, 1]}]
+    assert EncodeUnit(*arguments).run(unit) == 0
+    assert broken["left"] == 0 and len(store.index().keys_N) == 2
+    # It gives up in the end, and a file that is damaged is not asked for twice.
+    broken["left"] = 100
+    with pytest.raises(OSError, match="SlowDown"):
+        EncodeUnit(*arguments).run([{"file": 1, "records": [0]}])
+    assert broken["left"] == 100 - actors.STORAGE_ATTEMPTS
+    storage.remove(uri)
+    with pytest.raises(storage.StorageError, match=r"prompts\.parquet"):
+        EncodeUnit(*arguments).run(unit)
+
+
+def errors_of(*levels: str) -> pa.Table:
+    n = len(levels)
+    columns = {
+        "level": list(levels),
+        "subject_id": [f"s{i}" for i in range(n)],
+        "error": [f"broken {i}" for i in range(n)],
+    }
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
 def test_a_few_failed_users_are_data_more_are_an_error(caplog):
-    scenarios = (Scenario("search", ""), Scenario("feed", ""))
-    keys = pa.array([f"k{i}" for i in range(200)])
-    check_failures({}, keys, scenarios)
-    check_failures({"k7": "broken", "k8": "broken"}, keys, scenarios)
-    assert "2 of 200 prompts have no vector; the first, k7: broken" in caplog.text
-    with pytest.raises(EncoderError, match=r"3 of 200 prompts.*at most 1% may fail"):
-        check_failures({"k7": "broken", "k8": "broken", "k9": "broken"}, keys, scenarios)
-    with pytest.raises(EncoderError, match="scenario 'feed' has no vector: broken"):
-        check_failures({"k1": "broken"}, keys, scenarios)
+    check_errors(errors_of(), 200, 0.01)
+    assert not caplog.text
+    check_errors(errors_of("user", "item"), 200, 0.01)
+    assert "2 of 200 prompts have no vector; the first: user s0: broken 0; item s1: broken 1" in caplog.text
+    with pytest.raises(EncoderError, match=r"3 of 200 prompts.*max_error_fraction allows 0\.01"):
+        check_errors(errors_of("user", "user", "user"), 200, 0.01)
+    with pytest.raises(EncoderError, match=r"1 of 200 prompts"):
+        check_errors(errors_of("user"), 200, 0)
+    with pytest.raises(EncoderError, match="the prompt of scenario 's0' has no vector: broken 0"):
+        check_errors(errors_of("scenario"), 200, 0.5)

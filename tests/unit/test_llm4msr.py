@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from tiny import NUM_USERS, tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared, tiny_schema
+from tiny import NUM_ITEMS, NUM_USERS, tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared, tiny_schema
 
 from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.config import MetaConfig, ModelConfig
+from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.layers import FeatureEmbedding
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.ranker import Ranker
@@ -30,14 +34,14 @@ def rows(prepared):
     return read_row_group(list_row_groups(prepared.files("train"))[0])
 
 
-def build(knowledge=True, **meta):
+def build(knowledge=True, items=False, **meta):
     torch.manual_seed(0)
-    config = tiny_config(model={"meta": meta})
-    model = build_model(tiny_schema(), config.model, 8 if knowledge else None)
-    if knowledge:
-        table = tiny_knowledge()
-        users_UK = torch.from_numpy(table.users_NK[1:].astype(np.float32))
-        set_knowledge(model, users_UK, torch.from_numpy(table.scenarios_SK))
+    levels = ["scenario", "user", "item"] if items else ["scenario", "user"]
+    config = tiny_config(model={"meta": meta}, knowledge={"levels": levels})
+    if not knowledge:
+        return build_model(tiny_schema(), config.model, None)
+    model = build_model(tiny_schema(), config.model, 8, items)
+    set_knowledge(model, tiny_knowledge(items=items))
     return model
 
 
@@ -63,13 +67,36 @@ def test_collator_gathers_every_kind_of_feature(prepared, rows):
     np.testing.assert_array_equal(batch.label_B.numpy(), rows["label"])
 
 
+def test_collator_gathers_item_knowledge(prepared, rows):
+    table = tiny_knowledge(items=True)
+    shared_index_N = np.where(table.item_index_N > 20, 3, table.item_index_N).astype(np.int32)  # equal texts
+    batch = collator(prepared, replace(table, item_index_N=shared_index_N))(rows)
+    np.testing.assert_array_equal(
+        batch.item_knowledge_UK[batch.item_knowledge_index_B].numpy(),
+        table.items_NK[shared_index_N[rows["item_row"]]].astype(np.float32),
+    )
+    assert batch.item_knowledge_UK[0].eq(0).all()
+    assert len(batch.item_knowledge_UK) <= 20 + 1
+    moved = batch.to(torch.device("meta"))
+    assert moved.item_knowledge_UK.is_meta and moved.item_knowledge_index_B.is_meta
+
+
+def test_collator_refuses_knowledge_of_other_data(prepared):
+    table = tiny_knowledge(items=True)
+    with pytest.raises(ValueError, match="knowledge table is of 29 items, the data has 30"):
+        collator(prepared, replace(table, item_index_N=table.item_index_N[:-1]))
+    with pytest.raises(ValueError, match="knowledge table is of 41 users, the data has 40"):
+        collator(prepared, replace(table, user_index_N=np.append(table.user_index_N, np.int32(0))))
+
+
 def test_unknown_user_and_item_are_unseen(prepared):
     row = {"row_id": [0], "user_row": [0], "item_row": [0], "scenario": [1], "label": [0], "search_source": [1]}
-    batch = collator(prepared, tiny_knowledge())({k: np.array(v) for k, v in row.items()} | {"price": np.zeros(1)})
+    table = tiny_knowledge(items=True)
+    batch = collator(prepared, table)({k: np.array(v) for k, v in row.items()} | {"price": np.zeros(1)})
     assert batch.ids_BF.tolist() == [[1, 1, 1, 1]]
     assert batch.numeric_BN.tolist() == [[0.0, 0.0]]
     assert batch.sequences[0].tolist() == [[0, 0, 0]]
-    assert batch.knowledge_index_B.tolist() == [0]
+    assert batch.knowledge_index_B.tolist() == batch.item_knowledge_index_B.tolist() == [0]
 
 
 def test_sequences_are_mean_pooled_over_their_length():
@@ -119,20 +146,29 @@ def test_unseen_dropout_hides_user_and_item_ids_only(prepared, rows):
     assert embedding(batch)[:, 0:8].abs().sum(1).gt(0).all()
 
 
+LEVELS = [(True, True, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+
+
 @pytest.mark.parametrize("form", ["full", "low_rank"])
-@pytest.mark.parametrize(("user", "scenario"), [(True, True), (True, False), (False, True)])
-def test_levels_switch(prepared, rows, form, user, scenario):
-    model = build(user_level=user, scenario_level=scenario, weight_form=form, num_user_layers=2, scenario_dims=(6, 5))
-    assert (model.user_meta is None, model.scenario_meta is None) == (not user, not scenario)
-    batch = collator(prepared, tiny_knowledge())(rows)
+@pytest.mark.parametrize(("user", "scenario", "items"), LEVELS)
+def test_levels_switch(prepared, rows, form, user, scenario, items):
+    """Each level alone and all together; the gradient reaches every parameter."""
+    meta = {"weight_form": form, "num_user_layers": 2, "scenario_dims": (6, 5)}
+    model = build(items=items, user_level=user, scenario_level=scenario, **meta)
+    parts = (model.user_meta, model.scenario_meta, model.item_knowledge)
+    assert [part is not None for part in parts] == [user, scenario, items]
+    batch = collator(prepared, tiny_knowledge(items=items))(rows)
     model(batch)[0].square().sum().backward()
     dense = {n: p for n, p in model.named_parameters() if "embedding.tables" not in n and "sequence" not in n}
     assert [n for n, p in dense.items() if p.grad is None] == []
+    reached = [n for n, p in dense.items() if n.startswith("item_knowledge") and p.grad.abs().sum() > 0]
+    assert len(reached) == (5 if items else 0)  # two layers' weights and biases, and the missing vector
 
 
 def test_no_level_is_refused():
-    with pytest.raises(ValueError, match=r"user_level and model.meta.scenario_level are both off"):
-        build(user_level=False, scenario_level=False)
+    config = ModelConfig(meta=MetaConfig(user_level=False, scenario_level=False))
+    with pytest.raises(ValueError, match=r"both off and no item has knowledge: nothing would read"):
+        build_model(tiny_schema(), config, 8)
 
 
 def test_user_level_residual_is_the_paper_formula(prepared, rows):
@@ -148,18 +184,70 @@ def test_user_level_residual_is_the_paper_formula(prepared, rows):
     torch.testing.assert_close(model(batch)[0], model.backbone(h_BD, batch.scenario_B), atol=1e-5, rtol=1e-5)
 
 
+def test_item_knowledge_stands_beside_the_embeddings_as_any_feature(prepared, rows):
+    """Both levels of meta layers and the backbone see the embeddings and the projected item, by hand."""
+    table = tiny_knowledge(items=True)
+    model = build(items=True).eval()
+    batch = collator(prepared, table)(rows)
+    found_NK = table.items_NK[1:].astype(np.float32)
+    vectors_BK = table.items_NK[table.item_index_N[rows["item_row"]]].astype(np.float32)
+    standardised_BK = torch.from_numpy((vectors_BK - found_NK.mean(0)) / found_NK.std(0))
+    trunk = model.item_knowledge.trunk
+    item_BP = trunk.dense(standardised_BK)
+    missing_B = torch.from_numpy(table.item_index_N[rows["item_row"]] == 0)
+    assert 0 < missing_B.sum() < len(missing_B)
+    item_BP[missing_B] = trunk.missing_Z
+    x_BD = torch.cat([model.embedding(batch), item_BP], dim=1)
+    h_BD = model.user_meta(x_BD, batch.knowledge_UK, batch.knowledge_index_B)
+    expected = model.backbone(h_BD, batch.scenario_B) + model.scenario_meta(h_BD, batch.scenario_B)
+    torch.testing.assert_close(model(batch)[0], expected, atol=1e-5, rtol=1e-5)
+    embedded = model.embedding.embedded_dim
+    torch.testing.assert_close(model(batch)[1], x_BD[:, :embedded].square().sum(1))  # the penalty leaves it alone
+
+
+def test_an_item_without_knowledge_scores_exactly_as_one_whose_knowledge_is_hidden(prepared, rows):
+    table = tiny_knowledge(items=True)
+    model = build(items=True).eval()
+    with torch.no_grad():
+        model.item_knowledge.trunk.missing_Z.normal_()
+    none = replace(table, item_index_N=np.zeros_like(table.item_index_N))
+    batch = collator(prepared, table)(rows)
+    hidden = replace(batch, item_knowledge_index_B=torch.zeros_like(batch.item_knowledge_index_B))
+    without, shown = model(collator(prepared, none)(rows))[0], model(batch)[0]
+    assert torch.equal(without, model(hidden)[0])
+    missing_B = batch.item_knowledge_index_B == 0
+    torch.testing.assert_close(shown[missing_B], without[missing_B], atol=1e-6, rtol=1e-6)
+    assert (shown - without)[~missing_B].abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("dims", [(), (12,), (64, 16)])
+def test_width_of_the_projection(dims):
+    config = tiny_config(model={"item_knowledge_dims": dims})
+    model = build_model(tiny_schema(), config.model, 8, True)
+    assert model.item_knowledge.output_dim == (dims[-1] if dims else 8)
+    assert model.backbone.norm.gamma.shape == (model.embedding.output_dim + model.item_knowledge.output_dim,)
+
+
 def test_knowledge_is_standardised_to_unit_scale():
     """Scenario prompts are much alike: what tells them apart must not be lost in what they share."""
-    model = build(knowledge=True)
-    shared, own = torch.randn(8) * 10, torch.randn(2, 8) * 0.1
-    users_UK = torch.randn(50, 8) * 3 + 5
-    set_knowledge(model, users_UK, shared + own)
+    model = build(items=True)
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=8) * 10, rng.normal(size=(2, 8)) * 0.1
+    vectors_NK = (rng.normal(size=(51, 8)) * 3 + 5).astype(np.float16)
+    vectors_NK[0] = 0
+    index_N = np.arange(51, dtype=np.int32)
+    half_NK = vectors_NK[:20] / 2
+    table = KnowledgeTable(vectors_NK, index_N, (shared + own).astype(np.float32), half_NK, index_N[:20])
+    set_knowledge(model, table)
     trunk, knowledge_SK = model.scenario_meta.trunk, model.scenario_meta.knowledge_SK
     standardised_SK = (knowledge_SK - trunk.mean_K) / trunk.std_K
     torch.testing.assert_close(standardised_SK.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
-    standardised_UK = (users_UK - model.user_meta.trunk.mean_K) / model.user_meta.trunk.std_K
-    torch.testing.assert_close(standardised_UK.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
-    set_knowledge(model, users_UK, shared.expand(2, 8))  # nothing tells them apart: no division by zero
+    for part, found_NK in ((model.user_meta, vectors_NK), (model.item_knowledge, half_NK)):
+        standardised_NK = (torch.from_numpy(found_NK[1:]).float() - part.trunk.mean_K) / part.trunk.std_K
+        torch.testing.assert_close(standardised_NK.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(standardised_NK.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
+    alike_SK = np.tile(shared.astype(np.float32), (2, 1))  # nothing tells them apart: no division by zero
+    set_knowledge(model, replace(table, scenarios_SK=alike_SK))
     assert torch.isfinite(model.scenario_meta.trunk(model.scenario_meta.knowledge_SK)).all()
 
 
@@ -181,13 +269,31 @@ def test_scenario_level_adds_its_logit(prepared, rows):
 
 
 def test_knowledge_dropout_trains_the_missing_vector(prepared, rows):
-    model = build(knowledge_dropout=0.5)
-    known = {k: v[rows["user_row"] <= NUM_USERS - 5] for k, v in rows.items()}
-    model(collator(prepared, tiny_knowledge())(known))[0].sum().backward()
-    assert model.user_meta.trunk.missing_Z.grad.abs().sum() > 0
-    model = build(knowledge_dropout=0.0)
-    model(collator(prepared, tiny_knowledge())(known))[0].sum().backward()
-    assert model.user_meta.trunk.missing_Z.grad.abs().sum() == 0
+    model = build(items=True, knowledge_dropout=0.5)
+    known_B = (rows["user_row"] <= NUM_USERS - 5) & (rows["item_row"] <= NUM_ITEMS - 4)
+    batch = collator(prepared, tiny_knowledge(items=True))({k: v[known_B] for k, v in rows.items()})
+    model(batch)[0].sum().backward()
+    for part in (model.user_meta, model.item_knowledge):
+        assert part.trunk.missing_Z.grad.abs().sum() > 0
+    model = build(items=True, knowledge_dropout=0.0)
+    model(batch)[0].sum().backward()
+    for part in (model.user_meta, model.item_knowledge):
+        assert part.trunk.missing_Z.grad.abs().sum() == 0
+
+
+def test_a_share_of_the_rows_is_trained_without_item_knowledge(prepared, rows):
+    many = {k: np.tile(v, 100) for k, v in rows.items()}
+    batch = collator(prepared, tiny_knowledge(items=True))(many)
+    model = build(items=True, knowledge_dropout=0.3)
+    with torch.no_grad():
+        model.item_knowledge.trunk.missing_Z.fill_(1e3)  # whoever is hidden stands out
+        shown_BP = model.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
+        model.eval()
+        evaluated_BP = model.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
+    known_B = batch.item_knowledge_index_B > 0
+    assert shown_BP[~known_B].eq(1e3).all()
+    assert shown_BP[known_B].eq(1e3).all(1).float().mean() == pytest.approx(0.3, abs=0.03)
+    assert not evaluated_BP[known_B].eq(1e3).any()
 
 
 def test_backbone_alone_ignores_knowledge(prepared, rows):
@@ -198,27 +304,29 @@ def test_backbone_alone_ignores_knowledge(prepared, rows):
 
 @pytest.mark.parametrize("backbone", ["star", "shared_bottom"])
 @pytest.mark.parametrize("form", ["full", "low_rank"])
-def test_score_alone_equals_score_in_a_batch(prepared, rows, tmp_path, backbone, form):
-    uri = tiny_checkpoint(
-        str(tmp_path / "ck"), prepared, tiny_knowledge(), model={"backbone": backbone, "meta": {"weight_form": form}}
-    )
+@pytest.mark.parametrize("items", [False, True])
+def test_score_alone_equals_score_in_a_batch(prepared, rows, tmp_path, backbone, form, items):
+    tree = {"backbone": backbone, "meta": {"weight_form": form}}
+    uri = tiny_checkpoint(str(tmp_path / "ck"), prepared, tiny_knowledge(items=items), model=tree)
     ranker = Ranker.from_checkpoint(uri)
     together = ranker.score(rows)
     alone = np.concatenate([ranker.score({k: v[i : i + 1] for k, v in rows.items()}) for i in range(len(together))])
     np.testing.assert_allclose(together, alone, atol=1e-6)
-    assert together.std() > 0.01
+    assert together.std() > 0.005
 
 
 def test_order_of_knowledge_rows_does_not_matter(prepared, rows, tmp_path):
     """The same vectors stored in another order, the index following, give the same scores."""
-    from llm4msr.knowledge.table import KnowledgeTable
-
-    table = tiny_knowledge()
-    order = np.r_[0, np.random.default_rng(1).permutation(np.arange(1, len(table.users_NK)))]
-    place = np.argsort(order).astype(np.int32)
-    moved = KnowledgeTable(table.users_NK[order], place[table.user_index_N], table.scenarios_SK)
-    model = build().eval()
+    table = moved = tiny_knowledge(items=True)
+    for vectors, index in (("users_NK", "user_index_N"), ("items_NK", "item_index_N")):
+        vectors_NK, index_N = getattr(table, vectors), getattr(table, index)
+        order = np.r_[0, np.random.default_rng(1).permutation(np.arange(1, len(vectors_NK)))]
+        place = np.argsort(order).astype(np.int32)
+        moved = replace(moved, **{vectors: vectors_NK[order], index: place[index_N]})
+    model = build(items=True).eval()
     expected = model(collator(prepared, table)(rows))[0]
     torch.testing.assert_close(model(collator(prepared, moved)(rows))[0], expected)
-    other = model(collator(prepared, table.shuffled(0))(rows))[0]
-    assert (other - expected).abs().max() > 1e-3
+    shuffled = table.shuffled(0)
+    for index in ("user_index_N", "item_index_N"):
+        other = model(collator(prepared, replace(table, **{index: getattr(shuffled, index)}))(rows))[0]
+        assert (other - expected).abs().max() > 1e-3

@@ -7,10 +7,20 @@ import pyarrow as pa
 import pytest
 
 from llm4msr import storage
-from llm4msr.knowledge.fitting import fit
-from llm4msr.knowledge.profiles import ScenarioStats, clean_texts, scenario_facts, scenario_prompts, user_prompts
-from llm4msr.knowledge.prompt_files import write_user_prompts
+from llm4msr.knowledge.engines.fitting import fit
+from llm4msr.knowledge.profiles import (
+    LikedRows,
+    ScenarioStats,
+    UserProfile,
+    clean_texts,
+    item_prompts,
+    scenario_facts,
+    scenario_prompts,
+    user_profiles,
+)
+from llm4msr.knowledge.prompt_files import Subjects, write_user_prompts
 from llm4msr.knowledge.prompts import (
+    ITEM_TAIL,
     PROMPT_VERSION,
     USER_TAIL,
     Liked,
@@ -18,7 +28,7 @@ from llm4msr.knowledge.prompts import (
     prompts_table,
     user_prompt,
 )
-from llm4msr.knowledge.store import prompt_keys
+from llm4msr.knowledge.store import keys_to_arrow, prompt_keys
 from llm4msr.schema import Scenario
 
 SCENARIOS = (Scenario("search", "users type a query"), Scenario("feed", "an endless list"))
@@ -36,8 +46,12 @@ def rows(*records: tuple) -> pa.Table:
     return pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
 
 
+def profiles_of(table: pa.Table, items=ITEMS, max_events: int = 12) -> list[UserProfile]:
+    return list(user_profiles(LikedRows.select(table, items), KEYS, USERS, items, SCENARIOS, max_events))
+
+
 def prompts_of(table: pa.Table, max_events: int = 12) -> dict[int, str]:
-    return {row: p.text() for row, p in user_prompts(table, KEYS, USERS, ITEMS, SCENARIOS, max_events)}
+    return {p.user_row: p.prompt.text() for p in profiles_of(table, max_events=max_events)}
 
 
 def test_user_prompt_lists_liked_items_most_recent_first_per_scenario():
@@ -60,9 +74,28 @@ def test_user_prompt_lists_liked_items_most_recent_first_per_scenario():
 
 
 def test_user_prompt_ids_are_the_raw_keys():
-    (row, prompt), *_ = user_prompts(rows((3, 1, 0, 1, 1, 0)), KEYS, USERS, ITEMS, SCENARIOS, 12)
-    assert (row, prompt.level, prompt.subject_id) == (3, "user", "503")
-    assert "503" not in prompt.text()
+    (profile,) = profiles_of(rows((3, 1, 0, 1, 1, 0)))
+    assert (profile.user_row, profile.prompt.level, profile.prompt.subject_id) == (3, "user", "503")
+    assert "503" not in profile.prompt.text()
+
+
+def test_a_profile_counts_what_stands_behind_the_prompt():
+    table = rows(
+        (1, 1, 0, 1, 100, 0), (1, 2, 1, 1, 300, 1), (1, 4, 0, 1, 200, 2), (1, 4, 0, 0, 900, 3), (2, 1, 0, 1, None, 0)
+    )
+    assert [(p.num_liked, p.last_liked_ms) for p in profiles_of(table)] == [(3, 300), (1, None)]
+    liked = LikedRows.select(table, ITEMS)
+    assert liked.num_later(np.array([1, 2, 3]), np.array([100, 0, 0])).tolist() == [2, 0, 0]
+    assert liked.num_later(np.array([2]), np.array([0])).tolist() == [0]
+    assert liked.num_later(np.zeros(0, int), np.zeros(0, int)).tolist() == []
+
+
+def test_items_with_a_text_have_a_prompt_and_nothing_else_is_said_of_them():
+    found = list(item_prompts(pa.array([71, 72, 73]), ITEMS, 2, 3))
+    assert [(row, p.level, p.subject_id, p.text()) for row, p in found] == [
+        (2, "item", "71", f"Item: coffee.\n{ITEM_TAIL}"),
+        (4, "item", "73", f"Item: pan.\n{ITEM_TAIL}"),
+    ]
 
 
 def test_a_merged_text_stands_where_the_most_recent_one_was():
@@ -78,7 +111,7 @@ def test_equal_and_absent_times_are_ordered_by_position():
 
 
 def events_of(table: pa.Table, max_events: int = 12) -> list[tuple[str, ...]]:
-    return [p.events for _, p in user_prompts(table, KEYS, USERS, PLAIN, SCENARIOS, max_events)]
+    return [p.prompt.events for p in profiles_of(table, PLAIN, max_events)]
 
 
 def test_the_most_recent_events_over_all_scenarios_are_kept_longest():
@@ -87,7 +120,7 @@ def test_the_most_recent_events_over_all_scenarios_are_kept_longest():
         *[(1, 1, 0, 1, 10, 0), (1, 2, 0, 1, 20, 1), (1, 3, 0, 1, 30, 2)],
         *[(1, 4, 1, 1, 40, 3), (1, 5, 1, 1, 50, 4)],
     )
-    ((_, prompt),) = user_prompts(table, KEYS, USERS, PLAIN, SCENARIOS, 12)
+    prompt = profiles_of(table, PLAIN)[0].prompt
     assert prompt.events == ("e5", "e4", "e3", "e2", "e1")
     head = "User: 24 years old, male, technician.\n"
     assert prompt.text() == f"{head}Liked in search (3): e3; e2; e1\nLiked in feed (2): e5; e4\n{USER_TAIL}"
@@ -195,8 +228,11 @@ def test_drawn_rows_are_not_counted(tmp_path, positives_only, num_rows, num_item
     )
     source, target = str(tmp_path / "rows.parquet"), str(tmp_path / "prompts.parquet")
     storage.write_parquet(source, table)
-    stats, written = write_user_prompts((KEYS, USERS, ITEMS), source, target, "id", SCENARIOS, 12, positives_only)
-    assert written["subject_row"].to_pylist() == [1, 2]
+    subjects = Subjects(KEYS, USERS, ITEMS, SCENARIOS, "id", 12, positives_only, with_users=True)
+    done = write_user_prompts(subjects, source, target, None)
+    stats = done.stats
+    assert (done.num_prompts, done.num_kept) == (2, 0)
+    assert storage.read_parquet(target)["subject_row"].to_pylist() == [1, 2]
     assert stats.num_rows_S.tolist() == num_rows
     assert stats.num_positive_S.tolist() == [2, 1]
     assert stats.num_users_SS.tolist() == num_users
@@ -254,15 +290,20 @@ def test_fit_handles_prompts_of_one_batch_each_by_itself():
 
 
 def test_the_version_goes_up_with_what_is_quoted():
-    assert PROMPT_VERSION == 2
+    assert PROMPT_VERSION == 3
 
 
 def test_prompts_survive_their_table_and_keys_follow_content():
     prompts = [long_prompt(), user_prompt("v", "", [])]
     keys = prompt_keys("id1", prompts)
-    assert prompts_from_table(prompts_table(prompts, [1, 2], keys)) == prompts
-    assert len(set(keys)) == 2 and all(len(k) == 32 for k in keys)
-    assert prompt_keys("id1", prompts) == keys
-    assert not set(prompt_keys("id2", prompts)) & set(keys)
+    table = prompts_table(prompts, [1, 2], keys_to_arrow(keys), [6, 0], [99, None])
+    assert prompts_from_table(table) == prompts
+    assert table.select(["num_liked", "last_liked_ms"]).to_pydict() == {
+        "num_liked": [6, 0],
+        "last_liked_ms": [99, None],
+    }
+    assert len(set(keys.tolist())) == 2
+    assert prompt_keys("id1", prompts).tolist() == keys.tolist()
+    assert not set(prompt_keys("id2", prompts).tolist()) & set(keys.tolist())
     # Whose prompt it is does not matter: equal words are encoded once.
     assert prompt_keys("id1", [user_prompt("w", "", [])]) == keys[1:]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from tiny import tiny_checkpoint, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
+from llm4msr.data.prepared import ITEMS_FILE
 from llm4msr.ranker import KeyIndex, Ranker, RankRequest, RequestError
+from llm4msr.schema import UNSEEN_INDEX, feature_table_schema
 
 TOLERANCE = 1e-6
 
@@ -22,6 +26,24 @@ def prepared(tmp_path_factory):
 def ranker(prepared, tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("run") / "checkpoint")
     return Ranker.from_checkpoint(tiny_checkpoint(uri, prepared, tiny_knowledge()))
+
+
+@pytest.fixture(scope="module")
+def cold_ranker(tmp_path_factory):
+    """Items 7020 to 7023 were never in train: alike in all features; the first three have knowledge, two the same."""
+    prepared = tiny_prepared(str(tmp_path_factory.mktemp("cold") / "prepared"))
+    uri = storage.join(prepared.uri, ITEMS_FILE)
+    items = storage.read_parquet(uri).to_pydict()
+    for row in range(20, 24):
+        items["num_train_rows"][row], items["tags"][row] = 0, [0, 0, 0]
+        items["item_id"][row] = items["genre"][row] = UNSEEN_INDEX
+    storage.write_parquet(uri, pa.table(items, schema=feature_table_schema(prepared.schema, "item")))
+    table = tiny_knowledge(items=True)
+    item_index_N = table.item_index_N.copy()
+    item_index_N[21:25] = [21, 22, 21, 0]  # item row = place among the keys + 1
+    place = str(tmp_path_factory.mktemp("run") / "checkpoint")
+    knowledge = replace(table, item_index_N=item_index_N)
+    return Ranker.from_checkpoint(tiny_checkpoint(place, prepared, knowledge))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +177,30 @@ class TestRank:
         assert (known_without_knowledge.user_known, known_without_knowledge.knowledge_known) == (True, False)
         unknown = self.ask(ranker, user=1)
         assert (unknown.user_known, unknown.knowledge_known) == (False, False)
+
+    def test_cold_items_are_told_apart_by_their_knowledge(self, cold_ranker):
+        """Without knowledge a cold item scores as an unknown one: neither has anything that training has seen."""
+        cold, unknown = [7020, 7021, 7022, 7023], 5
+
+        answer = self.ask(cold_ranker, items=[*cold, unknown])
+
+        score = {r.item: r.score for r in answer.results}
+        assert {r.item: r.known for r in answer.results} == dict.fromkeys(cold, True) | {unknown: False}
+        assert abs(score[7020] - score[7021]) > 1e-4
+        assert score[7022] == pytest.approx(score[7020], abs=TOLERANCE)
+        assert score[7023] == pytest.approx(score[unknown], abs=TOLERANCE)
+        assert min(abs(score[unknown] - score[7020]), abs(score[unknown] - score[7021])) > 1e-4
+        for item in cold:
+            alone = self.ask(cold_ranker, items=[item]).results[0]
+            assert alone.score == pytest.approx(score[item], abs=TOLERANCE)
+
+    def test_knowledge_of_a_user_that_no_layer_reads_was_not_used(self, prepared, tmp_path):
+        tree = {"model": {"meta": {"user_level": False}}}
+        ranker = Ranker.from_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, tiny_knowledge(), **tree))
+
+        answer = self.ask(ranker)
+
+        assert (answer.user_known, answer.knowledge_known) == (True, False)
 
     def test_a_backbone_alone_uses_no_knowledge(self, prepared, tmp_path):
         ranker = Ranker.from_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, None))

@@ -267,3 +267,25 @@ def test_generated_data_goes_to_s3_too(bucket, tmp_path):
         assert read(uri) == (tmp_path / uri.removeprefix(f"s3://{bucket}/raw/")).read_bytes() and size > 0
     synthetic.generate(config.model_copy(update={"num_shards": 1}), f"s3://{bucket}/raw")
     assert len(storage.list_files(f"s3://{bucket}/raw", ".csv")) == 5
+
+
+def test_some_rows_are_read_in_the_order_given_and_other_row_groups_are_not(tmp_path):
+    uri = str(tmp_path / "t.parquet")
+    table = pa.table({"a": list(range(10)), "b": [str(i) for i in range(10)], "c": [0] * 10})
+    storage.write_parquet(uri, table, row_group_size=3)
+    assert storage.read_rows(uri, ["b", "a"], [9, 0, 4, 4]).to_pydict() == {
+        "b": ["9", "0", "4", "4"],
+        "a": [9, 0, 4, 4],
+    }
+    assert storage.read_rows(uri, ["a"], []).to_pydict() == {"a": []}
+    # The first row group is damaged, which is seen by who reads it alone.
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[pq.ParquetFile(uri).metadata.row_group(0).column(0).dictionary_page_offset + 20] ^= 1
+    (tmp_path / "t.parquet").write_bytes(content)
+    assert storage.read_rows(uri, ["a"], [5, 3])["a"].to_pylist() == [5, 3]
+    with pytest.raises(storage.StorageError, match=r"t\.parquet"):
+        storage.read_rows(uri, ["a"], [5, 1])
+    with pytest.raises(storage.StorageError, match=r"t\.parquet: columns \['x'\] are missing"):
+        storage.read_rows(uri, ["x"], [0])
+    with pytest.raises(storage.StorageError, match=r"none\.parquet: no such file"):
+        storage.read_rows(str(tmp_path / "none.parquet"), ["a"], [0])

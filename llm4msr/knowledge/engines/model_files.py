@@ -1,13 +1,14 @@
 """Finds a language model's files on this machine and identifies them by content, without loading anything.
 
 Three kinds: the sentence encoder inside an installed package, a local folder, or a Hugging Face id, which is left to
-`llm4msr.knowledge.encoder`, the only file that knows that library.
+`llm4msr.knowledge.engines.encoder`, the only file that knows that library.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def find_local(model: str) -> LocalModel | None:
         found = sorted(p.name for p in path.iterdir())[:10]
         raise EncoderError(f"knowledge.model {model!r}: no config.json in this folder; found {found}")
     return LocalModel(model, path, _digests(path))
+
+
+def cached_commit(config_path: str | None) -> str | None:
+    """Returns the commit that a cached file belongs to: the cache keeps it under ``snapshots/<commit>/``."""
+    name = Path(config_path).parent.name if config_path else ""
+    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
 def _embedded() -> LocalModel:

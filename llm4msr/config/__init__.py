@@ -1,0 +1,81 @@
+"""The whole configuration of a run: one frozen tree of sections, each field documented where it is declared.
+
+``--help`` of any job prints these texts. How the tree is loaded from TOML, environment and flags is the business of
+`llm4msr.settings`; what a field means for the method is said in ``docs/method.md``.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from llm4msr.config.base import ConfigError, Section, digest
+from llm4msr.config.data import DataConfig, MovieLensConfig, SplitConfig, SyntheticConfig, TableConfig, TableFeature
+from llm4msr.config.knowledge import KnowledgeConfig, OpenAIConfig
+from llm4msr.config.model import ExperimentConfig, MetaConfig, ModelConfig, TrainConfig
+
+__all__ = [
+    "ENV_PREFIX",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "ExperimentConfig",
+    "KnowledgeConfig",
+    "MetaConfig",
+    "ModelConfig",
+    "MovieLensConfig",
+    "OpenAIConfig",
+    "Section",
+    "SplitConfig",
+    "SyntheticConfig",
+    "TableConfig",
+    "TableFeature",
+    "TrainConfig",
+    "digest",
+]
+
+ENV_PREFIX = "LLM4MSR_"
+
+
+class Config(BaseSettings):
+    """Everything a job needs."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+    )
+
+    workspace_uri: str = "workspace/demo"
+    """Everything is written below this folder, local or s3://: prepared/ knowledge/ runs/ report.json."""
+    data: DataConfig = DataConfig()
+    """Where the logs are and how they become train, valid and test."""
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    """The frozen language model and its prompts."""
+    model: ModelConfig = ModelConfig()
+    """The ranker."""
+    train: TrainConfig = TrainConfig()
+    """Optimisation and the training group."""
+    experiment: ExperimentConfig = ExperimentConfig()
+    """Which runs the pipeline trains and compares."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        meta, levels = self.model.meta, self.knowledge.levels
+        if set(self.experiment.knowledge) == {"none"}:
+            return self
+        if not (meta.user_level or meta.scenario_level or "item" in levels):
+            raise ValueError(
+                "model.meta.user_level and model.meta.scenario_level are both off: nothing would read the knowledge "
+                f"of experiment.knowledge = {list(self.experiment.knowledge)}; switch one on, or use ['none']"
+            )
+        for level, wanted in (("user", meta.user_level), ("scenario", meta.scenario_level)):
+            if wanted and level not in levels:
+                raise ValueError(
+                    f"model.meta.{level}_level is on, but knowledge.levels = {list(levels)} lacks {level!r}: "
+                    "add it there, or switch the meta layers off"
+                )
+        return self
