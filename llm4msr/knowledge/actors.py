@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from llm4msr import storage
@@ -37,6 +38,9 @@ STORAGE_ATTEMPTS = 6
 # On a CPU, torch and oneDNN keep up to 1,024 plans each, one per shape of a batch: half a gigabyte for the embedded
 # model in bfloat16, and no faster. Read when the libraries are loaded, so it must stand in the process's environment.
 CPU_ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+# What is said of a unit that was committed: prompts without a vector, and those of scenarios among them.
+DONE = pa.schema([("num_failed", pa.int64()), ("num_failed_scenarios", pa.int64())])
 
 logger = logging.getLogger("llm4msr.knowledge")
 
@@ -138,11 +142,11 @@ class EncodeUnit:
         self._engine: Engine | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Runs the units in column ``unit``; returns for each how many of its prompts have no vector."""
-        return pa.table({"num_failed": pa.array([self.run(unit) for unit in batch["unit"].to_pylist()], pa.int64())})
+        """Runs the units in column ``unit``; returns a row of schema `DONE` for each."""
+        return pa.Table.from_pylist([self.run(unit) for unit in batch["unit"].to_pylist()], schema=DONE)
 
-    def run(self, unit: list[dict[str, Any]]) -> int:
-        """Encodes and commits one unit, unless it was committed; returns how many of its prompts have no vector.
+    def run(self, unit: list[dict[str, Any]]) -> dict[str, int]:
+        """Encodes and commits one unit, unless it was committed; returns the fields of `DONE`.
 
         Raises:
             EncoderError: The model on this node is not the driver's, or cannot be loaded.
@@ -153,10 +157,11 @@ class EncodeUnit:
         if _persistently(storage.exists)(uri):
             errors = _persistently(storage.read_parquet)(uri, ["error"])["error"]
             if errors.null_count == len(errors):
-                return 0  # done by an actor that died before it could say so
+                return dict.fromkeys(DONE.names, 0)  # by an actor that died before it could say so
         batch = self._loaded().encode(prompts_from_table(table), self._on_batch)
         _persistently(self._store.commit)(keys, batch)
-        return sum(error is not None for error in batch.errors)
+        failed = [level for level, error in zip(table["level"].to_pylist(), batch.errors, strict=True) if error]
+        return {"num_failed": len(failed), "num_failed_scenarios": failed.count("scenario")}
 
     def _loaded(self) -> Engine:
         """Returns the engine, loaded on first use: what goes wrong then reaches the driver as it was raised."""
@@ -200,7 +205,7 @@ def encode_units(
     pool: Pool,
     tensorboard_uri: str,
     max_failed: int,
-) -> tuple[Reading, int]:
+) -> tuple[Reading, bool]:
     """Runs all units on a pool of actors, logging progress.
 
     Args:
@@ -214,13 +219,17 @@ def encode_units(
         max_failed: With more prompts without a vector there is no point in going on.
 
     Returns:
-        What was achieved, and how many prompts have no vector; more than `max_failed` where the job was given up.
+        What was achieved, and whether all units were run: not where more than `max_failed` prompts, or one of a
+        scenario, got no vector.
 
     Raises:
         EncoderError: The model cannot be used.
     """
     total = num_planned(units)
-    tally = ray.remote(_Tally).options(num_cpus=0, max_concurrency=1).remote()
+    # The figures die with the driver's node, if at all, and are never a reason to fail.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    tally = ray.remote(_Tally).options(**options).remote()
     work = ray.data.from_arrow([units.slice(i, 1).combine_chunks() for i in range(len(units))])
     on_ready, on_batch = (lambda hardware: tally.ready.remote(hardware)), (lambda done: tally.add.remote(done))
     if config.engine == "vllm":
@@ -254,16 +263,17 @@ def encode_units(
             num_cpus=pool.num_cpus,
             runtime_env={"env_vars": CPU_ENVIRONMENT} if pool.device == "cpu" else None,
         )
-    num_failed = 0
+    num_failed, complete = 0, True
     started = time.monotonic()
     with Monitor(lambda: ray.get(tally.read.remote()), total, tensorboard_uri):
         for row in results.iter_rows():
             num_failed += row["num_failed"]
-            if num_failed > max_failed:
+            if num_failed > max_failed or row["num_failed_scenarios"]:
+                complete = False
                 break
     reading = ray.get(tally.read.remote())
     logger.info("encoded %d prompts in %.0f s", reading.done.num_prompts, time.monotonic() - started)
-    return reading, num_failed
+    return reading, complete
 
 
 class _Tally:
@@ -279,6 +289,8 @@ class _Tally:
         self._ready.append(time.monotonic())
 
     def add(self, done: BatchDone) -> None:
+        if not self._ready:  # this process replaces one that died
+            self._ready.append(time.monotonic())
         self._done += done
 
     def read(self) -> Reading:

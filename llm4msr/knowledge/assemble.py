@@ -52,7 +52,10 @@ def write_table(
 
 
 def write_errors(uri: str, index: StoreIndex, prompts: PromptSet) -> pa.Table:
-    """Writes why prompts have no vector; returns the same: level, subject_id, subject_row, key (text), error."""
+    """Writes why prompts have no vector; returns the same.
+
+    Columns: level, subject_id, subject_row, key (text), and error, null where the prompt was not tried yet.
+    """
     failed = np.flatnonzero(index.find(prompts.keys_P) < 0)
     file_P, record_P = prompts.place(failed)
     ids: list[str] = []
@@ -65,9 +68,7 @@ def write_errors(uri: str, index: StoreIndex, prompts: PromptSet) -> pa.Table:
             "subject_id": pa.array(ids, pa.string()),
             "subject_row": pa.array(prompts.subject_row_P[failed], pa.int32()),
             "key": pa.array([key_text(key) for key in prompts.keys_P[failed]], pa.string()),
-            "error": pa.array(
-                [error or "never encoded" for error in index.error_of(prompts.keys_P[failed])], pa.string()
-            ),
+            "error": pa.array(index.error_of(prompts.keys_P[failed]), pa.string()),
         }
     )
     storage.write_parquet(uri, found)

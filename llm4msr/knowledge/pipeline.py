@@ -103,6 +103,11 @@ def extract(config: Config) -> str:
         done = _encode(job, prompts)
         index = job.store.index()
         errors = write_errors(storage.join(job.uri, place.ERRORS_FILE), index, prompts)
+        if errors["error"].null_count:
+            raise storage.StorageError(
+                f"{job.store.uri}: {errors['error'].null_count} prompts have neither vector nor error though all were "
+                "encoded; were files removed meanwhile? Run jobs.extract again"
+            )
         check_errors(errors, len(prompts.keys_P), job.config.knowledge.max_error_fraction)
         num_subjects = {
             "scenario": len(job.prepared.schema.scenarios),
@@ -218,19 +223,17 @@ def _write_prompts(job: _Job, root: str) -> dict[str, Any]:
     entries += [file | {"num_prompts": ray.get(file["num_prompts"])} for file in item_files]
     write_sample([storage.join(root, entry["file"]) for entry in entries], storage.join(job.uri, SAMPLE_FILE))
     counts = {"num_users": len(users), "num_items": len(items), "num_kept": sum(part.num_kept for part in found)}
-    return {"files": entries, "counts": counts}
+    return {"files": entries, "counts": counts, "num_buckets": prepared.manifest["num_buckets"]}
 
 
 def _previous(job: _Job) -> Previous | None:
     if job.previous is None:
         return None
-    manifest = storage.read_manifest(job.previous, "run jobs.extract again")
-    before = PreparedData.open(storage.join(workspace.prepared_root(job.config), manifest["prepared"]))
     root = storage.join(job.previous, place.PROMPTS_DIRECTORY)
-    files = storage.read_manifest(root, "run jobs.extract again")["files"]
+    manifest = storage.read_manifest(root, "run jobs.extract again")
     return Previous(
-        tuple(storage.join(root, file["file"]) for file in files if file["level"] == "user"),
-        before.manifest["num_buckets"],
+        tuple(storage.join(root, file["file"]) for file in manifest["files"] if file["level"] == "user"),
+        manifest["num_buckets"],
         job.prepared.manifest["num_buckets"],
         job.config.knowledge.refresh_min_new_events,
     )
@@ -260,8 +263,7 @@ def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
     plan_uri = storage.join(job.uri, PLAN_FILE)
     units = open_plan(plan_uri, prompts, missing, min(settings.rows_per_commit, rows_per_unit))
     assert num_planned(units) == len(missing), (num_planned(units), len(missing))
-    max_failed = int(settings.max_error_fraction * num_prompts)
-    reading, num_failed = encode_units(
+    reading, complete = encode_units(
         units,
         prompts.files,
         settings,
@@ -269,14 +271,12 @@ def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
         place.store_root(job.config),
         job.pool,
         storage.join(job.uri, TENSORBOARD_DIRECTORY),
-        max_failed,
+        int(settings.max_error_fraction * num_prompts),
     )
-    if num_failed > max_failed:
-        first = "; ".join(dict.fromkeys(job.store.index().errors[:3]))
-        raise EncoderError(
-            f"gave up after {num_failed} of {num_prompts} prompts got no vector, more than "
-            f"knowledge.max_error_fraction {settings.max_error_fraction:g} allows; the first: {first}"
-        )
+    if not complete:
+        errors = write_errors(storage.join(job.uri, place.ERRORS_FILE), job.store.index(), prompts)
+        check_errors(errors, num_prompts, settings.max_error_fraction)
+        raise AssertionError("the encoding ended early without an error that forbids to go on")
     return counts | speed(reading)
 
 
@@ -291,12 +291,13 @@ def check_errors(errors: pa.Table, num_prompts: int, max_error_fraction: float) 
     Raises:
         EncoderError: A scenario has no vector, or more than `max_error_fraction` of all prompts have none.
     """
+    errors = errors.filter(pc.is_valid(errors["error"]))
     if not len(errors):
         return
-    first = [f"{row['level']} {row['subject_id']}: {row['error']}" for row in errors.slice(0, 3).to_pylist()]
-    message = f"{len(errors)} of {num_prompts} prompts have no vector; the first: {'; '.join(first)}"
     for row in errors.filter(pc.equal(errors["level"], "scenario")).to_pylist():
         raise EncoderError(f"the prompt of scenario {row['subject_id']!r} has no vector: {row['error']}")
+    first = [f"{row['level']} {row['subject_id']}: {row['error']}" for row in errors.slice(0, 3).to_pylist()]
+    message = f"{len(errors)} of {num_prompts} prompts have no vector; the first: {'; '.join(first)}"
     if len(errors) > max_error_fraction * num_prompts:
         raise EncoderError(f"{message} (knowledge.max_error_fraction allows {max_error_fraction:g} of them)")
     logger.warning(message)

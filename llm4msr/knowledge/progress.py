@@ -107,14 +107,11 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         """Starts watching."""
-        from torch.utils.tensorboard import SummaryWriter
-
         if storage.is_local(self._target):
             folder = str(storage.local_path(self._target))
         else:
             folder = self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="llm4msr-"))
-        self._writer = SummaryWriter(folder)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(folder,), daemon=True)
         self._thread.start()
         return self
 
@@ -122,18 +119,20 @@ class Monitor:
         """Stops watching and publishes TensorBoard's files."""
         self._ended.set()
         self._thread.join()
-        self._writer.close()
         if self._folder is not None:
             for path in sorted(Path(self._folder).iterdir()):
                 storage.copy(str(path), storage.join(self._target, path.name))
         self._stack.close()
 
-    def _watch(self) -> None:
-        while not self._ended.wait(PROGRESS_SECONDS):
-            reading = self._read()
-            logger.info(progress_line(reading, self._total))
-            self._record(reading)
-        self._record(self._read())
+    def _watch(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes seconds
+
+        with SummaryWriter(folder) as self._writer:
+            while not self._ended.wait(PROGRESS_SECONDS):
+                reading = self._read()
+                logger.info(progress_line(reading, self._total))
+                self._record(reading)
+            self._record(self._read())
 
     def _record(self, reading: Reading) -> None:
         if not reading.done.num_prompts:

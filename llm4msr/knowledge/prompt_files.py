@@ -126,8 +126,8 @@ def write_user_prompts(subjects: Subjects, rows_uri: str, target_uri: str, previ
 def keep_previous(prompts: pa.Table, old: pa.Table, liked: LikedRows, min_new_events: int) -> tuple[pa.Table, int]:
     """Replaces the prompts of users with little news by their old ones.
 
-    An old prompt is kept only if all it quotes must still be training rows: the user has at least as many liked rows
-    as then, the last of them not earlier.
+    An old prompt is kept only if all it quotes must still be training rows: up to the time of its last liked row, the
+    user has at least as many liked rows as then.
 
     Args:
         prompts: User prompts as made now, schema `PROMPTS`, by subject_row.
@@ -149,8 +149,9 @@ def keep_previous(prompts: pa.Table, old: pa.Table, liked: LikedRows, min_new_ev
         for column in (prompts["last_liked_ms"].take(known), old["last_liked_ms"].take(at))
     )
     num_now, num_then = prompts["num_liked"].to_numpy()[known], old["num_liked"].to_numpy()[at]
-    num_new = np.maximum(liked.num_later(rows, then_ms), num_now - num_then)
-    keep = (num_new < min_new_events) & (num_now >= num_then) & (now_ms >= then_ms)
+    num_later = liked.num_later(rows, then_ms)
+    num_new = np.maximum(num_later, num_now - num_then)
+    keep = (num_new < min_new_events) & (num_now - num_later >= num_then) & (now_ms >= then_ms)
     keep &= keys_differ(prompts["key"].take(known), old["key"].take(at))
     if not keep.any():
         return prompts, 0

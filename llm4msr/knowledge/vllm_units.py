@@ -31,7 +31,7 @@ def encode_rows(
     on_batch: OnBatch,
     build: Callable[..., Any] | None = None,
 ) -> ray.data.Dataset:
-    """Returns the number of prompts without a vector of each group, as it is committed.
+    """Returns a row of schema `actors.DONE` for each group, as it is committed.
 
     Args:
         work: Rows of `plan.PLAN`.
@@ -57,13 +57,14 @@ def encode_rows(
 
 
 def commit_rows(table: pa.Table, identity: dict[str, Any], store_root: str, on_batch: OnBatch) -> pa.Table:
-    """Commits rows of schema `vllm.ENCODED`; returns how many of them have no vector."""
+    """Commits rows of schema `vllm.ENCODED`; returns one row of schema `actors.DONE`."""
     batch = encoded_batch(table)
     KnowledgeStore(store_root, identity).commit(keys_to_numpy(table["key"]), batch)
     num_failed = sum(error is not None for error in batch.errors)
     num_tokens = int(batch.num_tokens.sum())
     on_batch(BatchDone(len(table), num_failed, num_tokens, num_tokens, int(batch.num_generated_tokens.sum())))
-    return pa.table({"num_failed": pa.array([num_failed], pa.int64())})
+    # Which of them are scenarios is found out at the end.
+    return pa.table({"num_failed": pa.array([num_failed]), "num_failed_scenarios": pa.array([0])})
 
 
 def encoded_batch(table: pa.Table) -> EncodedBatch:

@@ -83,24 +83,24 @@ def test_an_actor_commits_what_it_encoded_and_what_it_could_not(work):
     done: list[BatchDone] = []
     actor = EncodeUnit(*arguments, 1, ready.append, done.append)
     unit = [{"file": 1, "records": [2, 1]}]
-    assert actor(pa.table({"unit": [unit]}))["num_failed"].to_pylist() == [1]
+    assert actor(pa.table({"unit": [unit]})).to_pylist() == [{"num_failed": 1, "num_failed_scenarios": 0}]
     assert [hardware.device for hardware in ready] == ["cpu"]
     total = sum(done, BatchDone())
     assert (total.num_prompts, total.num_failed) == (2, 1) and total.num_tokens > 0
     index = store.index()
     assert index.keys_N.tolist() == [keys[1]]
     assert "exceed" in index.error_of(keys)[2] and "32 tokens" in index.error_of(keys)[2]
-    assert actor.run([{"file": 1, "records": [2]}]) == 1  # it is tried again, and fails again
+    assert actor.run([{"file": 1, "records": [2]}])["num_failed"] == 1  # it is tried again, and fails again
     assert len(store.index().keys_N) == 1
 
 
 def test_what_an_actor_committed_before_it_died_is_not_done_again(work):
     store, _, _, arguments = work
     unit = [{"file": 1, "records": [0, 1]}]
-    assert EncodeUnit(*arguments).run(unit) == 0
+    assert EncodeUnit(*arguments).run(unit)["num_failed"] == 0
     before = store.index()
     done: list[BatchDone] = []
-    assert EncodeUnit(*arguments, 1, None, done.append).run(unit) == 0
+    assert EncodeUnit(*arguments, 1, None, done.append).run(unit)["num_failed"] == 0
     assert not done and store.index().parts == before.parts
 
 
@@ -124,7 +124,7 @@ def test_storage_that_fails_for_a_while_is_asked_again(work, monkeypatch):
 
     monkeypatch.setattr(storage, "write_parquet", throttled)
     unit = [{"file": 1, "records": [0, 1]}]
-    assert EncodeUnit(*arguments).run(unit) == 0
+    assert EncodeUnit(*arguments).run(unit)["num_failed"] == 0
     assert broken["left"] == 0 and len(store.index().keys_N) == 2
     # It gives up in the end, and a file that is damaged is not asked for twice.
     broken["left"] = 100
