@@ -180,6 +180,8 @@ def run(num_users: int, rounds: int, not_judged: str | None) -> Result:
     for kind, metric in known:
         for size in sizes:
             medians[f"{size} {kind} peak {metric} MiB"] = peaks[size, kind, metric] / 2**20
+        growth = peaks["10n", kind, metric] - peaks["n", kind, metric]
+        medians[f"{kind} {metric} growth, bytes a user"] = growth / (sizes["10n"] - sizes["n"])
         ratios[f"{kind} {metric} 10n / n"] = peaks["10n", kind, metric] / peaks["n", kind, metric]
     goals = tuple(
         Goal(f"peak RSS of the {kind}, {GROWTH}x the users", ratios.get(f"{kind} rss 10n / n"), "<", 1.3)

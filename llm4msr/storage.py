@@ -3,6 +3,9 @@
 Endpoint and credentials of ``s3://`` come from the usual AWS settings (``AWS_ENDPOINT_URL``,
 ``AWS_ACCESS_KEY_ID``, ...). Nothing here caches: a directory is what the store says it is now.
 
+A remote store that throttles, times out or drops a connection is asked again after longer and longer waits
+(`ATTEMPTS`), by every verb here but the open file of `atomic_write`.
+
 Two rules keep half-written output from ever being read:
 
 * A file appears whole or not at all: local files are written beside their place and renamed; an object
@@ -13,26 +16,66 @@ Two rules keep half-written output from ever being read:
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 MANIFEST = "manifest.json"
+ATTEMPTS = 6  # some ten seconds in all, beside what the client of the store repeats by itself
+# What will not pass by waiting.
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
+logger = logging.getLogger("llm4msr.storage")
 
 
 class StorageError(ValueError):
     """Something that should be readable is missing or damaged; the message names it."""
+
+
+class RemoteReadError(StorageError, OSError):
+    """A remote file that could not be read, because it is damaged or because the store does not deliver."""
+
+
+def _persistent(verb: _Verb) -> _Verb:
+    """Repeats a verb on a remote `uri`, its first argument, as long as what went wrong may pass."""
+
+    @functools.wraps(verb)
+    def persistent(uri: str, *args: Any, **options: Any) -> Any:
+        if is_local(uri):
+            return verb(uri, *args, **options)
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_random_exponential(multiplier=0.5, max=20),
+            stop=stop_after_attempt(ATTEMPTS),
+            before_sleep=before_sleep_log(logger, logging.WARNING),
+            reraise=True,
+        )
+        return retrying(verb, uri, *args, **options)
+
+    return persistent  # type: ignore[return-value]
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, _FINAL)
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    return isinstance(error, (ConnectionError, HTTPClientError))
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -70,12 +113,14 @@ def absolute(uri: str) -> str:
     return os.path.abspath(local_path(uri)) if is_local(uri) else uri
 
 
+@_persistent
 def exists(uri: str) -> bool:
     """Tells whether a file or directory is there."""
     fs, path = filesystem(uri)
     return fs.exists(path)
 
 
+@_persistent
 def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, int]]:
     """Lists the files below a directory, or the file itself, sorted by name.
 
@@ -84,6 +129,10 @@ def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, 
     Returns:
         (uri, size in bytes) of each; empty where nothing is there.
     """
+    return _list_files(uri, suffix)
+
+
+def _list_files(uri: str, suffix: str | tuple[str, ...]) -> list[tuple[str, int]]:
     fs, path = filesystem(uri)
     if not fs.exists(path):
         return []
@@ -96,6 +145,7 @@ def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, 
     return out
 
 
+@_persistent
 def fingerprint(uri: str) -> dict[str, Any]:
     """Returns what tells one version of a file from another without reading it: size and time or ETag."""
     fs, path = filesystem(uri)
@@ -104,6 +154,7 @@ def fingerprint(uri: str) -> dict[str, Any]:
     return {"size": int(info["size"]), "version": str(version)}
 
 
+@_persistent
 def remove(uri: str) -> None:
     """Removes a file or a whole directory; nothing happens where nothing is there."""
     fs, path = filesystem(uri)
@@ -146,12 +197,14 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
         file.close()
 
 
+@_persistent
 def write_json(uri: str, value: Any) -> None:
     """Writes JSON, whole or not at all."""
     with atomic_write(uri) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+@_persistent
 def read_json(uri: str) -> Any:
     """Reads JSON.
 
@@ -168,19 +221,21 @@ def read_json(uri: str) -> Any:
         raise StorageError(f"{uri}: not JSON: {error}") from error
 
 
+@_persistent
 def write_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> None:
     """Writes one Parquet file, whole or not at all."""
     with atomic_write(uri) as file:
         pq.write_table(table, file, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
 
 
+@_persistent
 def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     """Reads one Parquet file, or all of a directory in order of names.
 
     Raises:
         StorageError: Nothing is there, a file is damaged, or a column is missing.
     """
-    files = list_files(uri, ".parquet")
+    files = _list_files(uri, ".parquet")
     if not files:
         raise StorageError(f"{uri}: no Parquet file there")
     wanted = None if columns is None else list(columns)
@@ -192,6 +247,7 @@ def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     return pa.concat_tables(tables) if len(tables) > 1 else tables[0]
 
 
+@_persistent
 def read_rows(uri: str, columns: Iterable[str], rows: Sequence[int] | np.ndarray) -> pa.Table:
     """Reads some rows of one Parquet file, in the order given; row groups that hold none of them are not read.
 
@@ -219,8 +275,11 @@ def _open_parquet(uri: str, columns: list[str] | None) -> Iterator[pq.ParquetFil
             yield file
     except FileNotFoundError as error:
         raise StorageError(f"{uri}: no such file") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except pa.ArrowInvalid as error:
         raise StorageError(f"{uri}: not a readable Parquet file: {error}") from error
+    except OSError as error:
+        kind = StorageError if is_local(uri) else RemoteReadError
+        raise kind(f"{uri}: not a readable Parquet file: {error}") from error
 
 
 def write_manifest(uri: str, value: dict[str, Any]) -> None:

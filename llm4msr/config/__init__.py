@@ -64,6 +64,11 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.knowledge.refresh_min_new_events and self.data.split.kind == "column":
+            raise ValueError(
+                "knowledge.refresh_min_new_events needs data.split.kind 'time' or 'per_user_last': with 'column' a row "
+                "that an old prompt quotes may have become valid or test"
+            )
         meta, levels = self.model.meta, self.knowledge.levels
         if set(self.experiment.knowledge) == {"none"}:
             return self

@@ -80,7 +80,7 @@ class KnowledgeConfig(Section):
     num_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Auto = "auto"
     """LLM actors, or [fewest, most] for an autoscaled pool. auto: one per GPU; without one as the CPUs allow."""
     gpus_per_actor: Annotated[float, Field(gt=0)] = 1.0
-    """GPUs per actor where they run on GPUs: 0.5 puts two actors on one."""
+    """GPUs per actor where they run on GPUs: 0.5 puts two actors on one; 2 and more for engine = vllm alone."""
     cpus_per_actor: PositiveInt | Auto = "auto"
     """CPUs and torch threads per actor. auto: 1 for embedded on a CPU, else up to 8."""
     rows_per_commit: PositiveInt = 512
@@ -98,4 +98,8 @@ class KnowledgeConfig(Section):
             raise ValueError(f"num_actors = {list(self.num_actors)}: give [fewest, most]")
         if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
             raise ValueError(f"gpus_per_actor = {self.gpus_per_actor}: a share of one GPU, or whole GPUs")
+        if self.gpus_per_actor > 1 and self.engine != "vllm":
+            raise ValueError(f"gpus_per_actor = {self.gpus_per_actor}: only engine = 'vllm' spreads a model over GPUs")
+        if self.engine == "vllm" and self.device == "cpu":
+            raise ValueError("engine = 'vllm' runs on GPUs: leave device at auto, or take engine = 'transformers'")
         return self

@@ -6,23 +6,23 @@ survives whatever happens next.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-import math
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from llm4msr import storage
 from llm4msr.config import ConfigError, KnowledgeConfig
 from llm4msr.knowledge.engines.build import build_engine
-from llm4msr.knowledge.engines.interface import BatchDone, Engine, Hardware, OnBatch
+from llm4msr.knowledge.engines.interface import BatchDone, DeviceLostError, Engine, Hardware, OnBatch, failed_batch
 from llm4msr.knowledge.engines.model_files import EMBEDDED, EncoderError
 from llm4msr.knowledge.plan import num_planned
 from llm4msr.knowledge.progress import Monitor, Reading
@@ -34,18 +34,19 @@ from llm4msr.knowledge.store import KnowledgeStore, keys_to_numpy
 # A model that may be large is not loaded once per core: one actor then takes up to this many CPUs.
 MAX_CPUS_PER_ACTOR = 8
 UNITS_AHEAD = 2  # that wait at an actor, so that it never waits for one; more would leave others idle at the end
-STORAGE_ATTEMPTS = 6
 # On a CPU, torch and oneDNN keep up to 1,024 plans each, one per shape of a batch: half a gigabyte for the embedded
 # model in bfloat16, and no faster. Read when the libraries are loaded, so it must stand in the process's environment.
 CPU_ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
+# So often a unit may end its process (a lost GPU, the kernel's out-of-memory killer) before its prompts are given up.
+MAX_ATTEMPTS = 4
 # What is said of a unit that was committed: prompts without a vector, and those of scenarios among them.
 DONE = pa.schema([("num_failed", pa.int64()), ("num_failed_scenarios", pa.int64())])
 
 logger = logging.getLogger("llm4msr.knowledge")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Actors and what each of them occupies.
 
@@ -67,27 +68,31 @@ class Pool:
         return "cuda" if self.num_gpus else "cpu"
 
 
-def plan_pool(config: KnowledgeConfig, num_gpus: int, num_cpus: int) -> Pool:
+def plan_pool(config: KnowledgeConfig, gpus_of_nodes: Sequence[int], num_cpus: int) -> Pool:
     """Returns the actors for a cluster: as many as its GPUs hold, or without any, as its CPUs are good for.
 
     Args:
         config: `num_actors` where it is not "auto" is taken as it is.
-        num_gpus: GPUs of the cluster as it is now.
+        gpus_of_nodes: GPUs of each node of the cluster as it is now.
         num_cpus: CPUs of the cluster as it is now.
 
     Raises:
         ConfigError: More actors are asked for than can run at once on a cluster that does not grow, or GPUs that are
             not there without saying how many actors.
     """
-    on_gpu = config.engine != "openai" and (config.device == "cuda" or (config.device == "auto" and num_gpus > 0))
-    fit_on_gpus = math.floor(num_gpus / config.gpus_per_actor)
+    num_gpus, share = sum(gpus_of_nodes), config.gpus_per_actor
+    on_gpu = config.engine == "vllm" or (
+        config.engine == "transformers" and (config.device == "cuda" or (config.device == "auto" and num_gpus > 0))
+    )
+    # An actor's GPUs are parts of one, or whole ones of one node.
+    fit_on_gpus = sum(int(n / share) if share >= 1 else n * int(1 / share) for n in gpus_of_nodes)
     own_cpus = None if config.cpus_per_actor == "auto" else config.cpus_per_actor
     if config.num_actors != "auto":
         low, high = (config.num_actors,) * 2 if isinstance(config.num_actors, int) else config.num_actors
     elif on_gpu and not fit_on_gpus:
         raise ConfigError(
-            f"knowledge.gpus_per_actor {config.gpus_per_actor:g}: the cluster has {num_gpus} GPUs now; on one that "
-            "grows give knowledge.num_actors, for example [1, 8], so that its autoscaler knows how many to start"
+            f"knowledge.gpus_per_actor {share:g}: the cluster has {num_gpus} GPUs now, none free for that; on one "
+            "that grows give knowledge.num_actors, for example [1, 8], so that its autoscaler knows how many to start"
         )
     elif on_gpu:
         low = high = fit_on_gpus
@@ -95,7 +100,8 @@ def plan_pool(config: KnowledgeConfig, num_gpus: int, num_cpus: int) -> Pool:
         wanted = own_cpus or (MAX_CPUS_PER_ACTOR if config.engine != "openai" and config.model != EMBEDDED else 1)
         low = high = 1 if config.engine == "openai" else max(1, num_cpus // min(wanted, num_cpus))
     ceiling = 1 if config.engine == "openai" else MAX_CPUS_PER_ACTOR
-    per_actor = own_cpus or max(1, min(num_cpus // low, ceiling))
+    at_once = max(low, min(high, fit_on_gpus)) if on_gpu else low
+    per_actor = own_cpus or max(1, min(num_cpus // at_once, ceiling))
     fit = fit_on_gpus if on_gpu else num_cpus // per_actor
     if isinstance(config.num_actors, int) and low > fit:
         have = f"{num_gpus} GPUs" if on_gpu else f"{num_cpus} CPUs"
@@ -103,7 +109,7 @@ def plan_pool(config: KnowledgeConfig, num_gpus: int, num_cpus: int) -> Pool:
             f"knowledge.num_actors {low}: the cluster has {have}, enough for {fit}; give at most that, or "
             "[fewest, most] on a cluster that grows"
         )
-    return Pool(low, high, config.gpus_per_actor if on_gpu else 0, per_actor)
+    return Pool(low, high, share if on_gpu else 0, per_actor)
 
 
 class EncodeUnit:
@@ -117,6 +123,7 @@ class EncodeUnit:
         device: Where the model runs.
         num_threads: CPU threads of the model.
         num_actors: Actors that share the rate limits of an endpoint.
+        on_begin: Told the name of each unit before it is run; returns how often it was told that name.
         on_ready: Told what the actor runs on once its model is loaded.
         on_batch: Told after each batch what it did.
 
@@ -131,6 +138,7 @@ class EncodeUnit:
         device: Literal["cpu", "cuda"],
         num_threads: int,
         num_actors: int = 1,
+        on_begin: Callable[[str], int] | None = None,
         on_ready: Callable[[Hardware], None] | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
@@ -138,7 +146,7 @@ class EncodeUnit:
         self._place = (device, num_threads, num_actors)
         self._store = KnowledgeStore(store_root, identity)
         self._files = files
-        self._on_ready, self._on_batch = on_ready, on_batch
+        self._on_begin, self._on_ready, self._on_batch = on_begin, on_ready, on_batch
         self._engine: Engine | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -154,12 +162,19 @@ class EncodeUnit:
         table = read_unit(self._files, unit)
         keys = keys_to_numpy(table["key"])
         uri = self._store.part_uri(keys)
-        if _persistently(storage.exists)(uri):
-            errors = _persistently(storage.read_parquet)(uri, ["error"])["error"]
+        if storage.exists(uri):
+            errors = storage.read_parquet(uri, ["error"])["error"]
             if errors.null_count == len(errors):
                 return dict.fromkeys(DONE.names, 0)  # by an actor that died before it could say so
-        batch = self._loaded().encode(prompts_from_table(table), self._on_batch)
-        _persistently(self._store.commit)(keys, batch)
+        if self._on_begin is not None and self._on_begin(uri) > MAX_ATTEMPTS:
+            batch = failed_batch(len(table), f"its unit ended {MAX_ATTEMPTS} processes; see the logs of the actors")
+        else:
+            try:
+                batch = self._loaded().encode(prompts_from_table(table), self._on_batch)
+            except DeviceLostError:
+                logger.exception("this process is of no more use: it ends, and Ray starts another")
+                os._exit(1)
+        self._store.commit(keys, batch)
         failed = [level for level, error in zip(table["level"].to_pylist(), batch.errors, strict=True) if error]
         return {"num_failed": len(failed), "num_failed_scenarios": failed.count("scenario")}
 
@@ -180,20 +195,7 @@ class EncodeUnit:
 
 def read_unit(files: tuple[str, ...], unit: list[dict[str, Any]]) -> pa.Table:
     """Returns the prompts of one unit: columns key and `prompts.PARTS`."""
-    return pa.concat_tables(
-        _persistently(storage.read_rows)(files[part["file"]], ["key", *PARTS], part["records"]) for part in unit
-    )
-
-
-def _persistently(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Repeats a call to the storage that failed for a reason that may pass, after longer and longer waits."""
-    return retry(
-        retry=retry_if_exception_type((OSError, TimeoutError)),
-        wait=wait_random_exponential(multiplier=0.5, max=20),
-        stop=stop_after_attempt(STORAGE_ATTEMPTS),
-        before_sleep=before_sleep_log(logger, logging.WARNING),
-        reraise=True,
-    )(call)
+    return pa.concat_tables(storage.read_rows(files[part["file"]], ["key", *PARTS], part["records"]) for part in unit)
 
 
 def encode_units(
@@ -231,7 +233,15 @@ def encode_units(
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     tally = ray.remote(_Tally).options(**options).remote()
     work = ray.data.from_arrow([units.slice(i, 1).combine_chunks() for i in range(len(units))])
-    on_ready, on_batch = (lambda hardware: tally.ready.remote(hardware)), (lambda done: tally.add.remote(done))
+    share = min(1.0, pool.num_gpus) or 1.0  # of a device, and so of its peak
+
+    def on_ready(hardware: Hardware) -> None:
+        peak = hardware.peak_flops and hardware.peak_flops * share
+        tally.ready.remote(dataclasses.replace(hardware, peak_flops=peak))
+
+    def on_batch(done: BatchDone) -> None:
+        tally.add.remote(done)
+
     if config.engine == "vllm":
         from llm4msr.knowledge.vllm_units import encode_rows
 
@@ -249,6 +259,7 @@ def encode_units(
                 "device": pool.device,
                 "num_threads": pool.num_cpus,
                 "num_actors": pool.max_actors,
+                "on_begin": lambda name: ray.get(tally.begin.remote(name)),
                 "on_ready": on_ready,
                 "on_batch": on_batch,
             },
@@ -283,6 +294,11 @@ class _Tally:
         self._done = BatchDone()
         self._hardware: Hardware | None = None
         self._ready: list[float] = []
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, name: str) -> int:
+        self._begun[name] += 1
+        return self._begun[name]
 
     def ready(self, hardware: Hardware) -> None:
         self._hardware = self._hardware or hardware

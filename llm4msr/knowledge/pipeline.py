@@ -32,30 +32,20 @@ import ray
 from llm4msr import storage, workspace
 from llm4msr.config import Config, digest
 from llm4msr.data.prepared import PreparedData
-from llm4msr.data.source import DataError
-from llm4msr.knowledge import place, profiles
+from llm4msr.knowledge import place
 from llm4msr.knowledge.actors import Pool, encode_units, plan_pool
 from llm4msr.knowledge.assemble import write_errors, write_table
 from llm4msr.knowledge.engines.build import engine_identity
 from llm4msr.knowledge.engines.model_files import EncoderError
-from llm4msr.knowledge.plan import PromptSet, missing_prompts, num_planned, open_plan, read_prompt_set
-from llm4msr.knowledge.profiles import ScenarioStats
-from llm4msr.knowledge.progress import speed
-from llm4msr.knowledge.prompt_files import (
-    Previous,
-    Subjects,
-    write_item_prompts,
-    write_sample,
-    write_scenario_prompts,
-    write_user_prompts,
-)
+from llm4msr.knowledge.plan import PromptSet, missing_prompts, num_planned, open_plan
+from llm4msr.knowledge.progress import speed, write_scalars
+from llm4msr.knowledge.prompt_stage import all_prompts
 from llm4msr.knowledge.store import KnowledgeStore, StoreIndex
+from llm4msr.storage import MANIFEST
 
-SCENARIOS_FILE = "scenarios.parquet"
 SAMPLE_FILE = "prompts.txt"
 PLAN_FILE = "plan.parquet"
 TENSORBOARD_DIRECTORY = "tensorboard"
-ITEMS_PER_FILE = 100_000
 UNITS_PER_ACTOR = 4
 MIN_ROWS_PER_UNIT = 64
 # Part of what an extraction is: raise it when the same prompts would give another table.
@@ -98,8 +88,16 @@ def extract(config: Config) -> str:
     job = _open(config)
     if storage.is_finished(job.uri):
         logger.info("%s is up to date", job.uri)
+        num_failed = storage.read_json(storage.join(job.uri, place.SUMMARY_FILE))["num_failed"]
+        if num_failed:
+            logger.warning("%d of its prompts have no vector; remove its %s to try them again", num_failed, MANIFEST)
     else:
-        prompts, counts = _prompts(job)
+        prompts, counts = all_prompts(
+            storage.join(job.uri, place.PROMPTS_DIRECTORY),
+            storage.join(job.uri, SAMPLE_FILE),
+            *(job.prepared, job.config.knowledge, job.store.identity_digest),
+            job.previous and storage.join(job.previous, place.PROMPTS_DIRECTORY),
+        )
         done = _encode(job, prompts)
         index = job.store.index()
         errors = write_errors(storage.join(job.uri, place.ERRORS_FILE), index, prompts)
@@ -125,6 +123,7 @@ def extract(config: Config) -> str:
             "seconds": round(time.monotonic() - started, 3),
         }
         storage.write_json(storage.join(job.uri, place.SUMMARY_FILE), summary)
+        write_scalars(storage.join(job.uri, TENSORBOARD_DIRECTORY), summary)
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         settings = config.knowledge.model_dump(mode="json")
         manifest = {"kind": "knowledge", **job.source, "encoder": job.identity, "config": settings}
@@ -132,18 +131,21 @@ def extract(config: Config) -> str:
         _say(job.uri, summary)
     directory = {"directory": job.uri.rsplit("/", 1)[-1]}
     storage.write_json(pointer, directory)
-    storage.write_json(place.last_pointer_uri(config, job.source), directory)
+    if "user" in config.knowledge.levels:
+        storage.write_json(place.last_pointer_uri(config, job.source), directory)
     return job.uri
 
 
 def _open(config: Config) -> _Job:
     prepared = PreparedData.open(workspace.prepared_uri(config))
-    resources = ray.cluster_resources()
-    pool = plan_pool(config.knowledge, int(resources.get("GPU", 0)), int(resources.get("CPU", 1)))
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_of_nodes = [int(node.get("GPU", 0)) for node in resources]
+    pool = plan_pool(config.knowledge, gpus_of_nodes, int(sum(node.get("CPU", 0) for node in resources)))
     identity = engine_identity(config.knowledge, pool.device)
-    if config.knowledge.engine == "transformers":  # one dtype on all nodes, whatever their processors prefer
-        knowledge = config.knowledge.model_copy(update={"dtype": identity["dtype"]})
-        config = config.model_copy(update={"knowledge": knowledge})
+    if config.knowledge.engine == "transformers":
+        # One dtype and one commit on all nodes, whatever their processors prefer and their caches hold.
+        settled = {"dtype": identity["dtype"], "revision": identity.get("revision", config.knowledge.revision)}
+        config = config.model_copy(update={"knowledge": config.knowledge.model_copy(update=settled)})
     store = KnowledgeStore(place.store_root(config), identity)
     source: dict[str, Any] = {
         "version": EXTRACT_VERSION,
@@ -168,77 +170,6 @@ def _open(config: Config) -> _Job:
     return _Job(config, prepared, pool, identity, store, source, previous, uri or storage.join(root, digest(source)))
 
 
-def _prompts(job: _Job) -> tuple[PromptSet, dict[str, int]]:
-    """Writes all prompts, or finds them written by a run that was killed later; returns them and their counts."""
-    root = storage.join(job.uri, place.PROMPTS_DIRECTORY)
-    if not storage.is_finished(root):
-        storage.write_manifest(root, _write_prompts(job, root))
-    manifest = storage.read_manifest(root, "run jobs.extract again")
-    prompts = read_prompt_set([(storage.join(root, file["file"]), file["level"]) for file in manifest["files"]])
-    if len(prompts.keys_P) != sum(file["num_prompts"] for file in manifest["files"]):
-        raise storage.StorageError(f"{root}: its files do not hold the prompts that manifest.json says; remove it")
-    return prompts, manifest["counts"]
-
-
-def _write_prompts(job: _Job, root: str) -> dict[str, Any]:
-    prepared, settings = job.prepared, job.config.knowledge
-    users, items = prepared.users().select(["key", "text"]), prepared.items().select(["key", "text"])
-    subjects = Subjects(
-        user_keys=users["key"].combine_chunks(),
-        users=profiles.clean_texts(users["text"]),
-        items=profiles.clean_texts(items["text"]),
-        scenarios=prepared.schema.scenarios,
-        identity_digest=job.store.identity_digest,
-        max_events=settings.max_events_per_scenario,
-        # Drawn negatives are no interactions: nothing is said of them.
-        positives_only=prepared.manifest["data"].get("drawn_negatives", 0) > 0,
-        with_users="user" in settings.levels,
-    )
-    shared, previous = ray.put(subjects), _previous(job)
-    # Files of an earlier attempt, which was killed or had other buckets.
-    storage.remove(root)
-    write_users, write_items = ray.remote(write_user_prompts), ray.remote(write_item_prompts)
-    files = [(uri, uri.rsplit("/", 1)[-1]) for uri, _ in prepared.files("train")]
-    users_done = [write_users.remote(shared, uri, storage.join(root, name), previous) for uri, name in files]
-    item_files = []
-    if "item" in settings.levels:
-        for number, first in enumerate(range(0, len(items), ITEMS_PER_FILE)):
-            keys, name = items["key"].slice(first, ITEMS_PER_FILE).combine_chunks(), f"items-{number:05d}.parquet"
-            task = write_items.remote(shared, keys, first + 1, storage.join(root, name))
-            item_files.append({"file": name, "level": "item", "num_prompts": task})
-    found = ray.get(users_done)
-    stats = ScenarioStats.merge([part.stats for part in found])
-    if not stats.pair_positive_P.any():
-        raise DataError(
-            f"{prepared.uri}: no user has a training row with label 1, so there is nothing to ask the language model; "
-            "check the labels of the raw data and data.split"
-        )
-    entries = []
-    if "scenario" in settings.levels:
-        number = write_scenario_prompts(subjects, stats, storage.join(root, SCENARIOS_FILE))
-        entries.append({"file": SCENARIOS_FILE, "level": "scenario", "num_prompts": number})
-    for (_, name), part in zip(files, found, strict=True):
-        if part.num_prompts:
-            entries.append({"file": name, "level": "user", "num_prompts": part.num_prompts})
-    entries += [file | {"num_prompts": ray.get(file["num_prompts"])} for file in item_files]
-    write_sample([storage.join(root, entry["file"]) for entry in entries], storage.join(job.uri, SAMPLE_FILE))
-    counts = {"num_users": len(users), "num_items": len(items), "num_kept": sum(part.num_kept for part in found)}
-    return {"files": entries, "counts": counts, "num_buckets": prepared.manifest["num_buckets"]}
-
-
-def _previous(job: _Job) -> Previous | None:
-    if job.previous is None:
-        return None
-    root = storage.join(job.previous, place.PROMPTS_DIRECTORY)
-    manifest = storage.read_manifest(root, "run jobs.extract again")
-    return Previous(
-        tuple(storage.join(root, file["file"]) for file in manifest["files"] if file["level"] == "user"),
-        manifest["num_buckets"],
-        job.prepared.manifest["num_buckets"],
-        job.config.knowledge.refresh_min_new_events,
-    )
-
-
 def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
     """Encodes what the store lacks; returns the figures of it for the summary."""
     settings = job.config.knowledge
@@ -249,18 +180,18 @@ def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
         "num_distinct_prompts": num_distinct,
         "num_cached": num_distinct - len(missing),
         "num_encoded": len(missing),
-        "share_encoded": round(len(missing) / num_distinct, 4),
     }
     logger.info(
         "%d prompts, %d distinct, %d already in the store, %d to encode on %s actors (%s)",
         *(num_prompts, num_distinct, num_distinct - len(missing), len(missing)),
         *(_pool_size(job.pool), job.pool.device if settings.engine != "openai" else settings.engine),
     )
+    plan_uri = storage.join(job.uri, PLAN_FILE)
     if not len(missing):
-        return counts
+        num_needed = num_planned(storage.read_parquet(plan_uri)) if storage.exists(plan_uri) else 0
+        return counts | {"share_encoded": round(num_needed / num_distinct, 4)}
     # A small job is cut finer, so that all actors have work until its end.
     rows_per_unit = max(MIN_ROWS_PER_UNIT, math.ceil(len(missing) / (UNITS_PER_ACTOR * job.pool.max_actors)))
-    plan_uri = storage.join(job.uri, PLAN_FILE)
     units = open_plan(plan_uri, prompts, missing, min(settings.rows_per_commit, rows_per_unit))
     assert num_planned(units) == len(missing), (num_planned(units), len(missing))
     reading, complete = encode_units(
@@ -277,7 +208,9 @@ def _encode(job: _Job, prompts: PromptSet) -> dict[str, Any]:
         errors = write_errors(storage.join(job.uri, place.ERRORS_FILE), job.store.index(), prompts)
         check_errors(errors, num_prompts, settings.max_error_fraction)
         raise AssertionError("the encoding ended early without an error that forbids to go on")
-    return counts | speed(reading)
+    # What earlier attempts of this extraction encoded counts as well.
+    num_needed = num_planned(storage.read_parquet(plan_uri))
+    return counts | {"share_encoded": round(num_needed / num_distinct, 4)} | speed(reading)
 
 
 def check_errors(errors: pa.Table, num_prompts: int, max_error_fraction: float) -> None:

@@ -42,13 +42,16 @@ def knowledge_pointer_uri(config: Config) -> str:
 
 
 def last_pointer_uri(config: Config, source: dict[str, Any]) -> str:
-    """Returns the small file that names the last extraction of this application with the same encoder and prompts.
+    """Returns the small file that names the last extraction from the same logs with the same encoder and prompts.
+
+    The same logs: the same data configuration but for the moments that divide it, which move on as the logs grow.
 
     Args:
-        config: Says which workspace and which kind of data.
+        config: Says which workspace and which logs.
         source: What the extraction depends on, as its manifest says; its prepared data does not count here.
     """
-    name = digest({"data": config.data.kind, **{k: source[k] for k in ("encoder_digest", "max_events", "scenarios")}})
+    logs = config.data.model_dump(mode="json", exclude={"split": {"valid_from", "test_from", "test_until"}})
+    name = digest({"logs": logs, **{k: source[k] for k in ("version", "encoder_digest", "max_events", "scenarios")}})
     return storage.join(workspace.knowledge_root(config), f"last-{name}.json")
 
 

@@ -21,6 +21,8 @@ from llm4msr.schema import Scenario
 # Columns of `schema.rows_schema` that profiles need.
 COLUMNS = ("user_row", "item_row", "scenario", "label", "timestamp_ms", "position")
 MAX_TEXT_CHARACTERS = 80
+# A prompt about an item reads more of it; what is too long for the model is cut there.
+MAX_ITEM_CHARACTERS = 2000
 NUM_MOST_LIKED = 10
 NO_TIME = -(2**62)
 
@@ -43,17 +45,17 @@ class Texts:
         return self.values[int(code)].as_py() if code >= 0 else ""
 
 
-def clean_texts(texts: pa.Array | pa.ChunkedArray) -> Texts:
+def clean_texts(texts: pa.Array | pa.ChunkedArray, max_characters: int = MAX_TEXT_CHARACTERS) -> Texts:
     """Prepares the text column of an entity table; record i is table row i + 1.
 
     Markup and a model's control tokens (``<b>``, ``<|im_end|>``, ``</s>``) and line breaks become spaces, since raw
-    texts come from outside; long ones end after `MAX_TEXT_CHARACTERS` characters. Equal results count as one text.
+    texts come from outside; long ones end after `max_characters`. Equal results count as one text.
     """
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     texts = pc.replace_substring_regex(pc.fill_null(texts, ""), r"<[|/A-Za-z][^<>]{0,40}>", " ")
     texts = pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"[\s;]+", " "))
-    texts = pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(texts, 0, MAX_TEXT_CHARACTERS))
+    texts = pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(texts, 0, max_characters))
     encoded = pc.if_else(pc.equal(texts, ""), None, texts).dictionary_encode()
     codes = np.full(len(texts) + 1, -1, dtype=np.int32)
     codes[1:] = pc.fill_null(encoded.indices, -1).to_numpy()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,13 @@ def speed(reading: Reading) -> dict[str, Any]:
         summed over the actors, each from its own readiness; prompts_per_second; tokens_per_second: tokens read and
         written; padding_share: of the tokens that went through the model, negative where a shared prefix saved more
         than padding cost; busy_share: of the actors' seconds; model_flop_utilisation: two operations per weight and
-        token over the device's peak while it was busy, None where that peak is unknown.
+        token, padding not counted, over the device's peak while it was busy, None where that peak is unknown.
     """
     done, seconds, hardware = reading.done, max(reading.seconds, 1e-9), reading.hardware
-    computed = done.num_computed_tokens + done.num_generated_tokens
+    useful = min(done.num_tokens, done.num_computed_tokens) + done.num_generated_tokens
     utilisation = None
     if hardware is not None and hardware.num_parameters and hardware.peak_flops and done.busy_s:
-        utilisation = 2 * hardware.num_parameters * computed / done.busy_s / hardware.peak_flops
+        utilisation = 2 * hardware.num_parameters * useful / done.busy_s / hardware.peak_flops
     return {
         "num_actors": reading.num_actors,
         "device": hardware.device if hardware else None,
@@ -90,6 +90,28 @@ def speed(reading: Reading) -> dict[str, Any]:
     }
 
 
+def write_scalars(target_uri: str, summary: dict[str, Any]) -> None:
+    """Writes the numbers of a summary to TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with _published(target_uri) as folder, SummaryWriter(folder) as writer:
+        for name, value in summary.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(f"summary/{name}", value, 0)
+
+
+@contextmanager
+def _published(target_uri: str) -> Iterator[str]:
+    """Gives a local folder whose files are those of the target, at the end of the block at the latest."""
+    if storage.is_local(target_uri):
+        yield str(storage.local_path(target_uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="llm4msr-") as folder:
+        yield folder
+        for path in sorted(Path(folder).iterdir()):
+            storage.copy(str(path), storage.join(target_uri, path.name))
+
+
 class Monitor:
     """Logs the progress of an encoding and writes it to TensorBoard until the block ends.
 
@@ -102,15 +124,11 @@ class Monitor:
     def __init__(self, read: Callable[[], Reading], total: int, target_uri: str) -> None:
         self._read, self._total, self._target = read, total, target_uri
         self._ended = threading.Event()
-        self._folder: str | None = None  # where TensorBoard writes, unless it can write to its target
         self._stack = ExitStack()
 
     def __enter__(self) -> Monitor:
         """Starts watching."""
-        if storage.is_local(self._target):
-            folder = str(storage.local_path(self._target))
-        else:
-            folder = self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="llm4msr-"))
+        folder = self._stack.enter_context(_published(self._target))
         self._thread = threading.Thread(target=self._watch, args=(folder,), daemon=True)
         self._thread.start()
         return self
@@ -119,9 +137,6 @@ class Monitor:
         """Stops watching and publishes TensorBoard's files."""
         self._ended.set()
         self._thread.join()
-        if self._folder is not None:
-            for path in sorted(Path(self._folder).iterdir()):
-                storage.copy(str(path), storage.join(self._target, path.name))
         self._stack.close()
 
     def _watch(self, folder: str) -> None:

@@ -37,7 +37,8 @@ class Subjects:
     Attributes:
         user_keys: Raw ids of the users' feature table.
         users: Texts of the users.
-        items: Texts of the items.
+        items: Texts of the items, short, for quoting.
+        item_texts: The same, long, for prompts about items; None where there are none.
         scenarios: Of the schema, in order.
         identity_digest: Of the encoder.
         max_events: Item texts quoted per user and scenario.
@@ -48,6 +49,7 @@ class Subjects:
     user_keys: pa.Array
     users: Texts
     items: Texts
+    item_texts: Texts | None
     scenarios: tuple[Scenario, ...]
     identity_digest: str
     max_events: int
@@ -177,7 +179,8 @@ def write_item_prompts(subjects: Subjects, item_keys: pa.Array, first_row: int, 
         first_row: item_row of the first.
         target_uri: Where the prompts go.
     """
-    found = list(profiles.item_prompts(item_keys, subjects.items, first_row, len(item_keys)))
+    assert subjects.item_texts is not None
+    found = list(profiles.item_prompts(item_keys, subjects.item_texts, first_row, len(item_keys)))
     prompts = [prompt for _, prompt in found]
     keys = keys_to_arrow(prompt_keys(subjects.identity_digest, prompts))
     storage.write_parquet(target_uri, prompts_table(prompts, [row for row, _ in found], keys), ROW_GROUP_ROWS)

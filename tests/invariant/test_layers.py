@@ -53,6 +53,7 @@ ONLY_IN = {
         "llm4msr.data.pipeline",
         "llm4msr.knowledge.actors",
         "llm4msr.knowledge.pipeline",
+        "llm4msr.knowledge.prompt_stage",
         "llm4msr.knowledge.engines.vllm",
         "llm4msr.training.run",
     },
@@ -203,7 +204,8 @@ PLANTED = {
         "import ray.data as rd\n",
         [
             "llm4msr.data.features imports ray.data; ray belongs in llm4msr.data.pipeline, llm4msr.knowledge.actors, "
-            "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, llm4msr.training.run"
+            "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, "
+            "llm4msr.knowledge.prompt_stage, llm4msr.training.run"
         ],
     ),
     "llm4msr/data/pipeline.py": ("import ray\nfrom llm4msr.data import csv\n", []),

@@ -129,6 +129,31 @@ def test_refused_access_fails_the_job_without_the_key(server, monkeypatch, statu
     assert len(server.requests) < 30
 
 
+@pytest.mark.parametrize(("status", "alone"), [(403, True), (404, False)])
+def test_a_refusal_after_answers_fails_its_rows_alone(server, monkeypatch, status, alone):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    bad = "User number 100."
+
+    def reply(request):
+        return error(status, f"not this, {KEY}") if any(t.startswith(bad) for t in request.texts) else None
+
+    server.reply = reply
+    prompts = make_prompts(160)
+    batch = encode(server, prompts)
+    said = {i: error for i, error in enumerate(batch.errors) if error}
+    # A moderated prompt fails alone; an endpoint that is not ready is not asked about each prompt of the request.
+    assert said == dict.fromkeys([100] if alone else range(96, 112), f"{status}: not this, ***")
+    good = [i for i in range(160) if i not in said]
+    np.testing.assert_array_equal(batch.vectors[good], expected(texts_of(prompts))[good])
+
+
+def test_answers_in_words_do_not_vouch_for_the_model_of_vectors(server):
+    server.reply = lambda r: error(404, "no such model") if "input" in r.body else None
+    with pytest.raises(EncoderError, match=r"/embeddings for model 'embedder' answered 404: no such model"):
+        encode(server, make_prompts(50), generate=True)
+    assert len(server.requests) == 2
+
+
 def test_the_key_is_in_no_row_either(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.reply = lambda request: error(400, f"{KEY} sent nonsense " * 50)

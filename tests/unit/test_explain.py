@@ -275,6 +275,37 @@ def test_mistakes_are_one_clear_line(root, tmp_path, capsys):
         assert out == "" and err.startswith(f"python -m jobs.explain: {message}") and err.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "knowledge" / "k1" / "manifest.json").mkdir(parents=True)
+    assert main(["--workspace_uri", str(tmp_path), "--user", "1000"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"python -m jobs.explain: cannot read {tmp_path}: IsADirectoryError: ")
+
+
+@pytest.mark.parametrize(
+    ("aws", "message"),
+    [
+        ({}, "NoCredentialsError: Unable to locate credentials"),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
+            'EndpointConnectionError: Could not connect to the endpoint URL: "http://127.0.0.1:9/bucket/x/knowledge"',
+        ),
+    ],
+)
+def test_an_object_store_that_cannot_be_read_is_one_clear_line(tmp_path, aws, message):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | aws
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_MAX_ATTEMPTS": "1", "HOME": str(tmp_path)}
+    probe = (
+        "import sys; from jobs.explain import main; from llm4msr import storage; storage.ATTEMPTS = 1; "
+        "sys.exit(main(['--workspace_uri', 's3://bucket/x', '--user', '1000']))"
+    )
+    command = [sys.executable, "-c", probe]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"python -m jobs.explain: cannot read s3://bucket/x: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 
 from llm4msr import storage
 from llm4msr.config import ConfigError, KnowledgeConfig
-from llm4msr.knowledge import actors
-from llm4msr.knowledge.actors import EncodeUnit, Pool, plan_pool
+from llm4msr.knowledge.actors import MAX_ATTEMPTS, EncodeUnit, Pool, plan_pool
 from llm4msr.knowledge.engines.encoder import EncoderError, encoder_identity
 from llm4msr.knowledge.engines.interface import BatchDone, Hardware
 from llm4msr.knowledge.pipeline import check_errors
@@ -19,28 +21,32 @@ LARGE = {"model": "owner/large"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_gpus", "num_cpus", "expected"),
+    ("settings", "gpus_of_nodes", "num_cpus", "expected"),
     [
-        ({}, 0, 2, Pool(2, 2, 0, 1)),  # the embedded encoder: an actor per core
-        ({}, 0, 16, Pool(16, 16, 0, 1)),
-        ({"num_actors": 1}, 0, 2, Pool(1, 1, 0, 2)),
-        ({"num_actors": 3}, 0, 16, Pool(3, 3, 0, 5)),
-        ({"num_actors": (1, 4)}, 0, 2, Pool(1, 4, 0, 2)),  # a cluster that grows
-        ({"cpus_per_actor": 2}, 0, 8, Pool(4, 4, 0, 2)),
-        (LARGE, 0, 4, Pool(1, 1, 0, 4)),
-        (LARGE, 0, 16, Pool(2, 2, 0, 8)),
-        (LARGE, 4, 64, Pool(4, 4, 1, 8)),
-        (LARGE | {"device": "cpu"}, 4, 16, Pool(2, 2, 0, 8)),
-        (LARGE | {"num_actors": 2}, 4, 3, Pool(2, 2, 1, 1)),
-        (LARGE | {"gpus_per_actor": 0.5}, 2, 16, Pool(4, 4, 0.5, 4)),
-        (LARGE | {"gpus_per_actor": 2}, 4, 16, Pool(2, 2, 2, 8)),
-        (LARGE | {"device": "cuda", "num_actors": (1, 8)}, 0, 16, Pool(1, 8, 1, 8)),
-        (LARGE | {"engine": "openai"}, 4, 16, Pool(1, 1, 0, 1)),
-        (LARGE | {"engine": "openai", "num_actors": 3}, 0, 16, Pool(3, 3, 0, 1)),
+        ({}, [0], 2, Pool(2, 2, 0, 1)),  # the embedded encoder: an actor per core
+        ({}, [0], 16, Pool(16, 16, 0, 1)),
+        ({"num_actors": 1}, [0], 2, Pool(1, 1, 0, 2)),
+        ({"num_actors": 3}, [0], 16, Pool(3, 3, 0, 5)),
+        ({"num_actors": (1, 4)}, [0], 2, Pool(1, 4, 0, 2)),  # a cluster that grows
+        ({"cpus_per_actor": 2}, [0], 8, Pool(4, 4, 0, 2)),
+        (LARGE, [0], 4, Pool(1, 1, 0, 4)),
+        (LARGE, [0], 16, Pool(2, 2, 0, 8)),
+        (LARGE, [4], 64, Pool(4, 4, 1, 8)),
+        (LARGE, [1, 1, 0, 2], 64, Pool(4, 4, 1, 8)),
+        (LARGE | {"device": "cpu"}, [4], 16, Pool(2, 2, 0, 8)),
+        (LARGE | {"num_actors": 2}, [4], 3, Pool(2, 2, 1, 1)),
+        (LARGE | {"gpus_per_actor": 0.5}, [2], 16, Pool(4, 4, 0.5, 4)),
+        (LARGE | {"gpus_per_actor": 0.4}, [8], 16, Pool(16, 16, 0.4, 1)),  # two on each, not 20 in all
+        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [4], 16, Pool(2, 2, 2, 8)),
+        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [3, 1, 1], 16, Pool(1, 1, 2, 8)),
+        (LARGE | {"num_actors": (1, 8)}, [8], 32, Pool(1, 8, 1, 4)),  # CPUs for all that fit, not for the fewest
+        (LARGE | {"device": "cuda", "num_actors": (1, 8)}, [0], 16, Pool(1, 8, 1, 8)),
+        (LARGE | {"engine": "openai"}, [4], 16, Pool(1, 1, 0, 1)),
+        (LARGE | {"engine": "openai", "num_actors": 3}, [0], 16, Pool(3, 3, 0, 1)),
     ],
 )
-def test_plan_pool(settings, num_gpus, num_cpus, expected):
-    pool = plan_pool(KnowledgeConfig(**settings), num_gpus, num_cpus)
+def test_plan_pool(settings, gpus_of_nodes, num_cpus, expected):
+    pool = plan_pool(KnowledgeConfig(**settings), gpus_of_nodes, num_cpus)
     assert pool == expected
     assert pool.device == ("cuda" if expected.num_gpus else "cpu")
 
@@ -49,15 +55,20 @@ def test_plan_pool(settings, num_gpus, num_cpus, expected):
     ("settings", "num_gpus", "message"),
     [
         ({"num_actors": 5}, 4, r"num_actors 5: the cluster has 4 GPUs, enough for 4"),
-        ({"num_actors": 5, "gpus_per_actor": 2}, 4, r"num_actors 5: the cluster has 4 GPUs, enough for 2"),
+        (
+            {"num_actors": 5, "gpus_per_actor": 2, "engine": "vllm"},
+            4,
+            r"num_actors 5: the cluster has 4 GPUs, enough for 2",
+        ),
+        ({"engine": "vllm"}, 0, r"gpus_per_actor 1: the cluster has 0 GPUs now"),
         ({"num_actors": 65}, 0, r"num_actors 65: the cluster has 64 CPUs"),
         ({"device": "cuda"}, 0, r"gpus_per_actor 1: the cluster has 0 GPUs now.*\[1, 8\]"),
-        ({"gpus_per_actor": 8}, 4, r"gpus_per_actor 8: the cluster has 4 GPUs now"),
+        ({"gpus_per_actor": 8, "engine": "vllm"}, 4, r"gpus_per_actor 8: the cluster has 4 GPUs now"),
     ],
 )
 def test_actors_that_can_never_run_are_refused(settings, num_gpus, message):
     with pytest.raises(ConfigError, match=message):
-        plan_pool(KnowledgeConfig(**settings), num_gpus, 64)
+        plan_pool(KnowledgeConfig(**settings), [num_gpus], 64)
 
 
 CONFIG = KnowledgeConfig(max_tokens=32, dtype="float32")
@@ -81,7 +92,7 @@ def test_an_actor_commits_what_it_encoded_and_what_it_could_not(work):
     store, _, keys, arguments = work
     ready: list[Hardware] = []
     done: list[BatchDone] = []
-    actor = EncodeUnit(*arguments, 1, ready.append, done.append)
+    actor = EncodeUnit(*arguments, 1, None, ready.append, done.append)
     unit = [{"file": 1, "records": [2, 1]}]
     assert actor(pa.table({"unit": [unit]})).to_pylist() == [{"num_failed": 1, "num_failed_scenarios": 0}]
     assert [hardware.device for hardware in ready] == ["cpu"]
@@ -100,7 +111,7 @@ def test_what_an_actor_committed_before_it_died_is_not_done_again(work):
     assert EncodeUnit(*arguments).run(unit)["num_failed"] == 0
     before = store.index()
     done: list[BatchDone] = []
-    assert EncodeUnit(*arguments, 1, None, done.append).run(unit)["num_failed"] == 0
+    assert EncodeUnit(*arguments, 1, None, None, done.append).run(unit)["num_failed"] == 0
     assert not done and store.index().parts == before.parts
 
 
@@ -110,30 +121,46 @@ def test_an_actor_whose_model_is_not_the_drivers_says_so(work):
         EncodeUnit(config, identity | {"dtype": "bfloat16"}, *rest).run([{"file": 1, "records": [0]}])
 
 
-def test_storage_that_fails_for_a_while_is_asked_again(work, monkeypatch):
-    store, uri, _, arguments = work
-    monkeypatch.setattr(actors.wait_random_exponential, "__call__", lambda *_: 0)
-    broken = {"left": 3}
-    write = storage.write_parquet
-
-    def throttled(*given, **options):
-        if broken["left"]:
-            broken["left"] -= 1
-            raise OSError("SlowDown: please reduce your request rate")
-        return write(*given, **options)
-
-    monkeypatch.setattr(storage, "write_parquet", throttled)
+def test_a_unit_that_ends_its_process_again_and_again_is_given_up(work):
+    store, _, keys, arguments = work
     unit = [{"file": 1, "records": [0, 1]}]
-    assert EncodeUnit(*arguments).run(unit)["num_failed"] == 0
-    assert broken["left"] == 0 and len(store.index().keys_N) == 2
-    # It gives up in the end, and a file that is damaged is not asked for twice.
-    broken["left"] = 100
-    with pytest.raises(OSError, match="SlowDown"):
-        EncodeUnit(*arguments).run([{"file": 1, "records": [0]}])
-    assert broken["left"] == 100 - actors.STORAGE_ATTEMPTS
-    storage.remove(uri)
-    with pytest.raises(storage.StorageError, match=r"prompts\.parquet"):
-        EncodeUnit(*arguments).run(unit)
+    names: list[str] = []
+    actor = EncodeUnit(*arguments, 1, lambda name: names.append(name) or MAX_ATTEMPTS + 1)
+    assert actor.run(unit) == {"num_failed": 2, "num_failed_scenarios": 0}
+    assert names == [store.part_uri(keys[:2])]
+    index = store.index()
+    assert not len(index.keys_N)
+    assert index.error_of(keys)[:2] == [f"its unit ended {MAX_ATTEMPTS} processes; see the logs of the actors"] * 2
+    # A later job tries them again.
+    assert EncodeUnit(*arguments, 1, lambda name: 1).run(unit)["num_failed"] == 0
+    assert len(store.index().keys_N) == 2
+
+
+def test_an_actor_that_lost_its_device_ends_its_process(tmp_path):
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import sys\n"
+        "from llm4msr import storage\n"
+        "from llm4msr.config import KnowledgeConfig\n"
+        "from llm4msr.knowledge import actors\n"
+        "from llm4msr.knowledge.engines.interface import DeviceLostError\n"
+        "from llm4msr.knowledge.prompts import Prompt, prompts_table\n"
+        "from llm4msr.knowledge.store import keys_to_arrow, prompt_keys\n"
+        "prompts = [Prompt('user', '1', 'tea', (), 'why?')]\n"
+        "uri = sys.argv[1] + '/p.parquet'\n"
+        "storage.write_parquet(uri, prompts_table(prompts, [1], keys_to_arrow(prompt_keys('id', prompts))))\n"
+        "class Lost:\n"
+        "    def encode(self, prompts, on_batch):\n"
+        "        raise DeviceLostError('GPU 0: an illegal memory access was encountered')\n"
+        "unit = actors.EncodeUnit(KnowledgeConfig(), {}, sys.argv[1] + '/store', (uri,), 'cpu', 1)\n"
+        "unit._engine = Lost()\n"
+        "unit.run([{'file': 0, 'records': [0]}])\n"
+        "print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "still here" not in done.stdout
+    assert "illegal memory access" in done.stderr and "Ray starts another" in done.stderr
+    assert not list(tmp_path.glob("store/*/part-*"))
 
 
 def errors_of(*levels: str) -> pa.Table:

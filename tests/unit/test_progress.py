@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llm4msr import storage
 from llm4msr.knowledge import progress
 from llm4msr.knowledge.engines.interface import BatchDone, Hardware
-from llm4msr.knowledge.progress import Monitor, Reading, progress_line, speed
+from llm4msr.knowledge.progress import Monitor, Reading, progress_line, speed, write_scalars
 
 CPU = Hardware("cpu", 1000)
 
@@ -53,11 +53,21 @@ def test_speed_is_what_the_sums_say():
         "num_tokens_written": 2_000,
         "padding_share": 0.1,
         "busy_share": 0.6667,
-        # 2 x 10^6 weights x 12,000 tokens in 10 busy seconds of a device that can do 10^10 a second
-        "model_flop_utilisation": 0.24,
+        # 2 x 10^6 weights x 11,000 tokens, without padding, in 10 busy seconds of a device that can do 10^10 a second
+        "model_flop_utilisation": 0.22,
     }
     assert speed(Reading(done, 8, CPU, 2, 15))["model_flop_utilisation"] is None
     assert speed(Reading(BatchDone(), 0, None, 0, 0))["padding_share"] is None
+
+
+def test_the_numbers_of_a_summary_go_to_tensorboard(tmp_path):
+    write_scalars(
+        str(tmp_path), {"num_prompts": 7, "share_encoded": 0.5, "device": "cpu", "failures": [], "padding": None}
+    )
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert found == {"summary/num_prompts": 7, "summary/share_encoded": 0.5}
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

@@ -32,7 +32,7 @@ from llm4msr.knowledge.engines.devices import count_parameters, peak_flops, reso
 from llm4msr.knowledge.engines.fitting import Fitted, fit_each
 from llm4msr.knowledge.engines.forward import Pooling, Prefix, Reader
 from llm4msr.knowledge.engines.generation import Writer, draw_chances
-from llm4msr.knowledge.engines.interface import BatchDone, Device, EncodedBatch, Hardware, OnBatch
+from llm4msr.knowledge.engines.interface import BatchDone, Device, DeviceLostError, EncodedBatch, Hardware, OnBatch
 from llm4msr.knowledge.engines.model_files import EMBEDDED, EncoderError, cached_commit, find_local
 from llm4msr.knowledge.engines.results import Results
 from llm4msr.knowledge.engines.runner import Passed, Runner
@@ -131,6 +131,9 @@ class Encoder:
         Args:
             prompts: Any number of prompts; they are batched here.
             on_batch: Told after each batch what it did.
+
+        Raises:
+            DeviceLostError: The GPU is lost to this process.
         """
         out = Results(len(prompts), self.width)
         with ThreadPoolExecutor(1, "tokenise") as thread:
@@ -141,7 +144,10 @@ class Encoder:
                 ahead = thread.submit(self._fit, prompts[following : following + self._chunk])
                 for i, one in enumerate(fitted, start):
                     out.add_fitted(i, one)
-                self._encode_chunk(prompts, start, fitted, out, on_batch or (lambda done: None))
+                try:
+                    self._encode_chunk(prompts, start, fitted, out, on_batch or (lambda done: None))
+                except torch.AcceleratorError as error:
+                    raise DeviceLostError(f"{self.hardware.device}: {error}") from error
         return out.encoded()
 
     def _fit(self, prompts: Sequence[Prompt]) -> list[Fitted]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from llm4msr.config import KnowledgeConfig
-from llm4msr.knowledge.engines.endpoint_client import EndpointClient, RequestError
+from llm4msr.knowledge.engines.endpoint_client import EndpointClient, RequestError, endpoint_address
 from llm4msr.knowledge.engines.estimates import CutPrompt, cut, estimate_tokens, with_preamble
 from llm4msr.knowledge.engines.interface import FLOAT16_MAX, BatchDone, EncodedBatch, Hardware, OnBatch
 from llm4msr.knowledge.engines.model_files import EMBEDDED, EncoderError
@@ -42,8 +42,10 @@ def endpoint_identity(config: KnowledgeConfig) -> dict[str, Any]:
         config: The language model.
 
     Raises:
-        EncoderError: The configuration asks for what an endpoint cannot give.
+        EncoderError: The configuration asks for what an endpoint cannot give, or the address, where one is set,
+            holds a secret (`endpoint_address`).
     """
+    endpoint_address(config.openai)
     if config.model == EMBEDDED:
         raise EncoderError("knowledge.model 'embedded' is no model of an endpoint: name one that it serves")
     if config.layer != -1 or config.pooling != "auto":
@@ -110,7 +112,7 @@ class Endpoint:
             on_batch: Told after each request what it did.
 
         Raises:
-            EncoderError: The endpoint cannot be reached, or refuses access or the model.
+            EncoderError: The endpoint cannot be reached, or refuses access or the model; what this call had is lost.
         """
         call = _Call(self._config, self._client, prompts, on_batch, self._width)
         try:

@@ -31,8 +31,10 @@ MAX_PAUSE_S = 120.0
 MAX_MESSAGE_CHARACTERS = 300
 
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
-_NO_ACCESS = frozenset({401, 403, 404})
-_OF_CONTENT = frozenset({400, 413, 422})
+_NO_ACCESS = frozenset({401})
+# Of the key or the model until a like request had an answer; then of the one request, such as by content moderation.
+_NO_ACCESS_AT_FIRST = frozenset({403, 404})
+_OF_CONTENT = frozenset({400, 403, 413, 422})
 
 
 class RequestError(Exception):
@@ -45,6 +47,30 @@ class RequestError(Exception):
     def __init__(self, message: str, of_content: bool = False) -> None:
         super().__init__(message)
         self.of_content = of_content
+
+
+def endpoint_address(config: OpenAIConfig) -> str | None:
+    """Returns the address from the configuration or the environment; None where neither has one.
+
+    Args:
+        config: Of the endpoint.
+
+    Raises:
+        EncoderError: The address has credentials or a query. Addresses are logged and kept in manifests, secrets are
+            not; the message shows neither.
+    """
+    address = config.base_url or os.environ.get(BASE_URL_VARIABLE)
+    if not address:
+        return None
+    # Not by parsing: a secret may hold characters that make the address another one, or none.
+    if found := [character for character in "@?#" if character in address]:
+        source = "knowledge.openai.base_url" if config.base_url else f"The environment variable {BASE_URL_VARIABLE}"
+        raise EncoderError(
+            f"{source} holds {' and '.join(map(repr, found))}, as of credentials or a query: give an address such as "
+            "http://host:8000/v1, and give the key in the environment variable named by knowledge.openai.api_key_env, "
+            f"now {config.api_key_env}"
+        )
+    return address
 
 
 class EndpointClient:
@@ -60,7 +86,7 @@ class EndpointClient:
         reached: Whether the endpoint has answered anything yet.
 
     Raises:
-        EncoderError: A library is missing, or no address is given.
+        EncoderError: A library is missing, or no address is given, or one as `endpoint_address` refuses it.
     """
 
     def __init__(self, config: OpenAIConfig, num_actors: int = 1) -> None:
@@ -72,14 +98,15 @@ class EndpointClient:
             raise EncoderError(
                 f"knowledge.engine 'openai' needs the package {error.name}: pip install llm4msr[openai]"
             ) from error
-        base_url = config.base_url or os.environ.get(BASE_URL_VARIABLE)
-        if not base_url:
+        base_url = endpoint_address(config)
+        if base_url is None:
             raise EncoderError(
                 "knowledge.engine 'openai' has no address: set knowledge.openai.base_url, such as "
                 f"http://host:8000/v1, or the environment variable {BASE_URL_VARIABLE}"
             )
         self.base_url = base_url
         self.reached = False
+        self._answered: set[str] = set()  # paths
         self._config = config
         self._openai = openai
         self._key = os.environ.get(config.api_key_env) or NO_KEY
@@ -114,7 +141,7 @@ class EndpointClient:
 
         Raises:
             EncoderError: The endpoint cannot be reached, or refuses access or the model: no request will succeed.
-            RequestError: This request has no usable answer.
+            RequestError: This request has no usable answer; a 403 or 404 too, once ``POST /embeddings`` had one.
         """
         return await self._ask("embeddings", self._client.embeddings.with_raw_response.create, body)
 
@@ -123,7 +150,7 @@ class EndpointClient:
 
         Raises:
             EncoderError: As for `embed`.
-            RequestError: As for `embed`.
+            RequestError: As for `embed`, with its own path.
         """
         return await self._ask("chat/completions", self._client.chat.completions.with_raw_response.create, body)
 
@@ -132,7 +159,7 @@ class EndpointClient:
         try:
             response = await self._retrying.copy()(self._attempt, send, body)
         except self._openai.APIStatusError as error:
-            raise self._refusal(what, error) from None
+            raise self._refusal(what, error, path in self._answered) from None
         except (self._openai.APIConnectionError, TimeoutError) as error:
             if isinstance(error, self._openai.APITimeoutError | TimeoutError):
                 reason = f"none within {self._config.timeout_s} s"
@@ -146,16 +173,18 @@ class EndpointClient:
             ) from None
         try:
             # Not the client's parsed object: building one goes through every number of every vector in Python.
-            return response.http_response.json()
+            answer = response.http_response.json()
         except ValueError as error:
             raise RequestError(f"the answer is no JSON: {self._brief(str(error))}", of_content=True) from None
+        self._answered.add(path)
+        return answer
 
-    def _refusal(self, what: str, error: Any) -> EncoderError | RequestError:
+    def _refusal(self, what: str, error: Any, answered: bool) -> EncoderError | RequestError:
         """Returns what a status of 400 or more means, after the last attempt."""
         status = error.status_code
         told = error.body.get("message") if isinstance(error.body, dict) else None
         said = self._brief(str(told or error.message))
-        if status in _NO_ACCESS:
+        if status in _NO_ACCESS or (status in _NO_ACCESS_AT_FIRST and not answered):
             return EncoderError(
                 f"{what} answered {status}: {said}. Check knowledge.openai.base_url (with its version, such as /v1), "
                 f"knowledge.model, and the key in the environment variable {self._config.api_key_env}, "

@@ -42,6 +42,17 @@ class EncodedBatch:
     num_generated_tokens: np.ndarray
 
 
+def failed_batch(num_prompts: int, error: str) -> EncodedBatch:
+    """Returns prompts that were never read, all for the same reason."""
+    none = np.zeros(num_prompts, np.int32)
+    vectors = np.zeros((num_prompts, 0), np.float32)
+    return EncodedBatch(vectors, none, none, none, (error,) * num_prompts, (None,) * num_prompts, none)
+
+
+class DeviceLostError(RuntimeError):
+    """The device is lost to this process; another process may still use it."""
+
+
 @dataclass(frozen=True)
 class BatchDone:
     """What one forward pass, or one round of requests, achieved. Adds up.
@@ -103,5 +114,8 @@ class Engine(Protocol):
         Args:
             prompts: Any number of prompts; they are batched here.
             on_batch: Told after each batch what it did.
+
+        Raises:
+            DeviceLostError: This process can encode no more.
         """
         ...
