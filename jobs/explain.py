@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         extraction = Extraction.open(arguments.workspace_uri, arguments.knowledge)
         found = explain(extraction, level, getattr(arguments, level), arguments.neighbours)
     except Exception as error:
-        message = user_message(error) or storage_message(error, arguments.workspace_uri)
+        message = user_message(error)
+        if message is None and isinstance(error, OSError):
+            message = f"cannot read {arguments.workspace_uri}: {type(error).__name__}: {error}"
         if message is None:
             raise
         print(f"{PROG}: {message}", file=sys.stderr)
@@ -67,17 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_explanation(found)
     return 0
-
-
-def storage_message(error: BaseException, workspace_uri: str) -> str | None:
-    """Returns one line about an error of the disk or the object store, or None when it is another's.
-
-    An object store's errors are told by their module: importing botocore would slow down what reads local files.
-    """
-    if not isinstance(error, OSError) and not type(error).__module__.startswith("botocore."):
-        return None
-    reason = " ".join(str(error).split())
-    return f"cannot read {workspace_uri}: {type(error).__name__}{reason and ': '}{reason}"
 
 
 def print_explanation(found: Explanation) -> None:

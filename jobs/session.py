@@ -92,7 +92,8 @@ def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | No
 def user_message(error: BaseException) -> str | None:
     """Returns the message of the user's error inside `error`, or None when the fault is the program's own.
 
-    Ray wraps what a task raised, at times more than once; the first error of this project inside is what matters.
+    Ray wraps what a task raised, at times more than once; the first error of this project inside is what matters. An
+    object store that cannot be reached, or refuses, is told as well.
     """
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
@@ -103,6 +104,8 @@ def user_message(error: BaseException) -> str | None:
         seen.add(id(found))
         if type(found).__module__.startswith("llm4msr."):
             return str(found)
+        if type(found).__module__.startswith("botocore."):
+            return f"object store: {type(found).__name__}: {' '.join(str(found).split())}"
         queue += [getattr(found, "cause", None), found.__cause__, found.__context__]
         failures = getattr(found, "worker_failures", None)
         if isinstance(failures, dict):

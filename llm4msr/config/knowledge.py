@@ -31,6 +31,16 @@ class OpenAIConfig(Section):
     characters_per_token: Annotated[float, Field(gt=0)] = 3.0
     """By which prompts are cut to max_tokens: the endpoint's tokenizer is not known here."""
 
+    @model_validator(mode="after")
+    def _check(self) -> OpenAIConfig:
+        # The configuration is stored beside what it made, so it must hold no secret; nor may this message.
+        if self.base_url is not None and any(mark in self.base_url for mark in "@?#"):
+            raise ValueError(
+                f"base_url holds one of @ ? #: give host and path alone, and the key in the environment variable "
+                f"{self.api_key_env}"
+            )
+        return self
+
 
 class KnowledgeConfig(Section):
     """The frozen language model, its prompts, and the actors that run it."""

@@ -303,7 +303,7 @@ def test_an_object_store_that_cannot_be_read_is_one_clear_line(tmp_path, aws, me
     command = [sys.executable, "-c", probe]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"python -m jobs.explain: cannot read s3://bucket/x: {message}\n"
+    assert result.stderr == f"python -m jobs.explain: object store: {message}\n"
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,14 @@ TABLE = {
         ({"knowledge": {"gpus_per_actor": 2}}, "only engine = 'vllm' spreads a model over GPUs"),
         ({"knowledge": {"engine": "vllm", "device": "cpu"}}, "runs on GPUs"),
         ({"knowledge": {"batch_size": 16}}, "batch_size"),
+        ({"knowledge": {"openai": {"base_url": "https://me:hunter2@host/v1"}}}, "variable OPENAI_API_KEY"),
         ({"data": TABLE, "knowledge": {"refresh_min_new_events": 2}}, "refresh_min_new_events needs data.split.kind"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         config_from_dict(settings)
+    assert "hunter2" not in str(raised.value)
 
 
 def test_levels_alone_are_enough_where_the_model_reads_no_others():

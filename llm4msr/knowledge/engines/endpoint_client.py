@@ -56,19 +56,18 @@ def endpoint_address(config: OpenAIConfig) -> str | None:
         config: Of the endpoint.
 
     Raises:
-        EncoderError: The address has credentials or a query. Addresses are logged and kept in manifests, secrets are
-            not; the message shows neither.
+        EncoderError: The address has credentials or a query, which a configuration refuses to hold. Addresses are
+            logged and kept in manifests, secrets are not; the message shows neither.
     """
     address = config.base_url or os.environ.get(BASE_URL_VARIABLE)
     if not address:
         return None
     # Not by parsing: a secret may hold characters that make the address another one, or none.
     if found := [character for character in "@?#" if character in address]:
-        source = "knowledge.openai.base_url" if config.base_url else f"The environment variable {BASE_URL_VARIABLE}"
         raise EncoderError(
-            f"{source} holds {' and '.join(map(repr, found))}, as of credentials or a query: give an address such as "
-            "http://host:8000/v1, and give the key in the environment variable named by knowledge.openai.api_key_env, "
-            f"now {config.api_key_env}"
+            f"the environment variable {BASE_URL_VARIABLE} holds {' and '.join(map(repr, found))}, as of credentials "
+            "or a query: give an address such as http://host:8000/v1, and the key in the environment variable named "
+            f"by knowledge.openai.api_key_env, now {config.api_key_env}"
         )
     return address
 
