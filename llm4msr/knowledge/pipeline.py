@@ -125,8 +125,8 @@ def extract(config: Config) -> str:
         storage.write_json(storage.join(job.uri, place.SUMMARY_FILE), summary)
         write_scalars(storage.join(job.uri, TENSORBOARD_DIRECTORY), summary)
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
-        settings = config.knowledge.model_dump(mode="json")
-        manifest = {"kind": "knowledge", **job.source, "encoder": job.identity, "config": settings}
+        whole = config.model_dump(mode="json")
+        manifest = {"kind": "knowledge", **job.source, "encoder": job.identity, "config": whole}
         storage.write_manifest(job.uri, manifest | {"created_at": created_at, "summary": summary})
         _say(job.uri, summary)
     directory = {"directory": job.uri.rsplit("/", 1)[-1]}

@@ -20,7 +20,7 @@ from jobs.session import user_message
 from jobs.train import train
 from llm4msr import storage, workspace
 from llm4msr.config import ConfigError
-from llm4msr.knowledge.place import knowledge_pointer_uri, knowledge_uri
+from llm4msr.knowledge.place import knowledge_pointer_uri, knowledge_uri, last_pointer_uri
 from llm4msr.ranker import Ranker, RankRequest
 from llm4msr.settings import load_config
 
@@ -94,7 +94,9 @@ def test_a_second_run_does_nothing_again(finished):
     assert storage.read_json(workspace.report_uri(config))["seconds"] == report["seconds"]
     changed = {uri for uri, version in times.items() if storage.fingerprint(uri) != version}
     # Pointers are written again, with the same content.
-    assert changed <= {workspace.prepared_pointer_uri(config), knowledge_pointer_uri(config)}
+    source = storage.read_manifest(knowledge_uri(config), "")
+    pointers = {knowledge_pointer_uri(config), last_pointer_uri(config, source)}
+    assert changed <= {workspace.prepared_pointer_uri(config), *pointers}
 
 
 def test_the_four_jobs_one_by_one_give_the_same_results(finished, tmp_path):

@@ -113,4 +113,4 @@ def build(
     write_errors(storage.join(uri, "errors.parquet"), index, prompts)
     manifest = {"kind": "knowledge", "prepared": "data", "levels": sorted(levels), "encoder": IDENTITY}
     config = KnowledgeConfig(preamble=preamble).model_dump(mode="json")
-    storage.write_manifest(uri, manifest | {"created_at": created_at, "config": config})
+    storage.write_manifest(uri, manifest | {"created_at": created_at, "config": {"knowledge": config}})
