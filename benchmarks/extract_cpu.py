@@ -34,6 +34,7 @@ from llm4msr.knowledge.prompts import Prompt
 from llm4msr.settings import config_from_dict
 
 NAME = "extract_cpu"
+NUM_WARM_UP = 64
 # Padding included; the engine's own default on a CPU, so that the floor runs batches of the same size.
 BATCH_TOKENS = 2048
 DTYPES = ("float32", "bfloat16")
@@ -130,9 +131,10 @@ def embedded_sides(
         for kind in ("floor_processes", "engine_processes"):
             sides[f"{kind}/{dtype}"] = lambda name=f"{kind}/{dtype}": processes.run(name)
         sides[f"pipeline/{dtype}"] = pipeline_side(config, dtype)
-    for side in ("one_at_a_time", "floor", "engine"):
-        for dtype in DTYPES:
-            keep[f"{side}/{dtype}"]()  # the first pass of a model is slow
+    for dtype in DTYPES:  # the first passes of a model are slow
+        bare[dtype].one_at_a_time(texts[:NUM_WARM_UP])
+        bare[dtype].forward(ready[:: len(ready) // 8 + 1])
+        engines[dtype].encode(prompts[:NUM_WARM_UP])
     return sides
 
 
