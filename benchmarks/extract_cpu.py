@@ -133,7 +133,7 @@ def embedded_sides(
         sides[f"pipeline/{dtype}"] = pipeline_side(config, dtype)
     for dtype in DTYPES:  # the first passes of a model are slow
         bare[dtype].one_at_a_time(texts[:NUM_WARM_UP])
-        bare[dtype].forward(ready[:: len(ready) // 8 + 1])
+        bare[dtype].forward(bare[dtype].ready_batches(texts[:NUM_WARM_UP], BATCH_TOKENS))
         engines[dtype].encode(prompts[:NUM_WARM_UP])
     return sides
 
