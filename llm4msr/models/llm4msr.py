@@ -19,7 +19,7 @@ from torch import nn
 
 from llm4msr.config import MetaConfig, ModelConfig
 from llm4msr.models.backbones import Backbone, build_backbone
-from llm4msr.models.layers import FeatureEmbedding
+from llm4msr.models.embedding import FeatureEmbedding
 from llm4msr.models.meta import KnowledgeTrunk, MetaLayer
 from llm4msr.schema import FeatureSchema
 

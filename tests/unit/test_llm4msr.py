@@ -12,7 +12,7 @@ from tiny import NUM_ITEMS, NUM_USERS, tiny_checkpoint, tiny_config, tiny_knowle
 from llm4msr.batch import Collator, EntityFeatures
 from llm4msr.config import MetaConfig, ModelConfig
 from llm4msr.knowledge.table import KnowledgeTable
-from llm4msr.models.layers import FeatureEmbedding
+from llm4msr.models.embedding import FeatureEmbedding
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.ranker import Ranker
 from llm4msr.training.reader import list_row_groups, read_row_group
