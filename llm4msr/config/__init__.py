@@ -69,6 +69,8 @@ class Config(BaseSettings):
                 "knowledge.refresh_min_new_events needs data.split.kind 'time' or 'per_user_last': with 'column' a row "
                 "that an old prompt quotes may have become valid or test"
             )
+        if self.model.embedding_sharding == "sharded":
+            self._check_sharded()
         meta, levels = self.model.meta, self.knowledge.levels
         if set(self.experiment.knowledge) == {"none"}:
             return self
@@ -84,3 +86,20 @@ class Config(BaseSettings):
                     "add it there, or switch the meta layers off"
                 )
         return self
+
+    def _check_sharded(self) -> None:
+        """TorchRec's tables are updated inside the backward pass, by an optimizer of their own, on workers."""
+        train = self.train
+        for key, found, fits, needed in (
+            (
+                "embedding_optimizer",
+                train.embedding_optimizer,
+                train.embedding_optimizer == "rowwise_adagrad",
+                "'rowwise_adagrad'",
+            ),
+            ("accumulate_steps", train.accumulate_steps, train.accumulate_steps == 1, "1"),
+            ("compile", train.compile, not train.compile, "false"),
+            ("num_workers", train.num_workers, train.num_workers != 0, "workers of Ray Train"),
+        ):
+            if not fits:
+                raise ValueError(f"model.embedding_sharding = 'sharded' needs train.{key} {needed}, found {found!r}")

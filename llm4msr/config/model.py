@@ -42,6 +42,9 @@ class ModelConfig(Section):
     """shared_bottom or star: the keys of llm4msr.models.backbones.BACKBONES."""
     embedding_dim: PositiveInt = 16
     """Width of every embedding."""
+    embedding_sharding: Literal["replicated", "sharded"] = "replicated"
+    """replicated: each worker holds all tables; sharded: their rows are spread over the workers by TorchRec (the extra
+    ``sharded``; needs workers, and train.embedding_optimizer rowwise_adagrad). The checkpoint is the same."""
     hidden_dims: tuple[PositiveInt, ...] = (128, 64)
     """Widths of the backbone's main network (shared bottom; star topology)."""
     tower_dims: tuple[PositiveInt, ...] = (32,)
@@ -61,29 +64,80 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation and the training group."""
 
-    num_workers: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """DDP workers of Ray Train; 0 = in process. auto: one per GPU; without a GPU 0."""
+    num_workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] | Auto = "auto"
+    """DDP workers of Ray Train; 0 = in process; [fewest, most]: as many as there is room for, changing while it runs.
+    auto: one per GPU; without a GPU 0."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Adam's learning rate for dense weights and embeddings. Sensitive: search it."""
+    """Adam's learning rate for dense weights. Sensitive: search it (jobs.tune)."""
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the embedding tables; none: learning_rate."""
+    embedding_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
+    """Both touch only the rows of the batch. adam: lazy Adam, two moments per weight; rowwise_adagrad: one number per
+    row, 32 times less memory at width 16; its learning rate is some ten times higher."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     """Decoupled weight decay of the dense weights."""
     embedding_l2: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared norm of the embeddings that a row looks up, added to its loss."""
     batch_size: PositiveInt = 2048
-    """Rows per step over all workers."""
+    """Rows per step over all workers: a multiple of num_lanes x accumulate_steps."""
+    accumulate_steps: PositiveInt = 1
+    """Parts of a step that go through the model one after another: memory of a part, gradient of the whole."""
+    num_lanes: PositiveInt = 8
+    """Streams of rows that a batch is drawn from and that workers share out; at least the number of workers, best a
+    multiple. The order of rows follows from it, not from the number of workers."""
+    shuffle_buffer_rows: PositiveInt = 262_144
+    """Rows shuffled together, over all workers."""
+    rows_per_user: PositiveInt = 1
+    """Up to so many rows of one user stay together when rows are shuffled: batches of fewer distinct users, for which
+    user-level meta layers cost less. 1: a full shuffle."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast of the forward pass; weights, loss and optimizer stay float32."""
+    tf32: bool = True
+    """On a GPU, float32 matrix products may round their inputs to TF32."""
+    compile: bool = False
+    """Compile the model with torch.compile: slow to start, faster after; not with sharded embeddings."""
     max_epochs: PositiveInt = 20
     """Passes over train at most."""
     patience: PositiveInt = 3
     """Stop after this many epochs without a better mean scenario AUC on valid."""
-    shuffle_buffer_rows: PositiveInt = 262_144
-    """Rows shuffled together."""
+    max_loss: Annotated[float, Field(gt=0)] = 20.0
+    """A step whose mean loss (nats per row) is above this, or not finite, stops the run: it has diverged."""
     log_every_steps: PositiveInt = 20
-    """Steps between two TensorBoard points."""
+    """Steps between two TensorBoard points, and between two looks at loss and signals."""
+    checkpoint_every_steps: PositiveInt = 1000
+    """Steps between two checkpoints of the running training; the end of an epoch writes one too."""
+    num_to_keep: PositiveInt = 2
+    """Checkpoints of the running training kept; older ones are removed."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a group whose worker died is started again, from the last checkpoint."""
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers that the setting names; 1 for 0 and auto."""
+        if isinstance(self.num_workers, tuple):
+            return self.num_workers[1]
+        return max(self.num_workers, 1) if isinstance(self.num_workers, int) else 1
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if isinstance(self.num_workers, int) and self.num_workers > 1 and self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}")
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers = {list(self.num_workers)}: the first is the fewest, the second the most")
+        if self.most_workers > self.num_lanes:
+            raise ValueError(
+                f"num_lanes {self.num_lanes} is less than the {self.most_workers} workers of num_workers: "
+                f"each worker reads at least one lane; set num_lanes to {self.most_workers}"
+            )
+        if isinstance(self.num_workers, int) and self.num_workers > 1 and self.num_lanes % self.num_workers:
+            raise ValueError(
+                f"num_lanes {self.num_lanes} is not divisible by num_workers {self.num_workers}: workers would take "
+                f"unequal parts of each step; set num_lanes to {-(-self.num_lanes // self.num_workers) * self.num_workers}"
+            )
+        parts = self.num_lanes * self.accumulate_steps
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by num_lanes x accumulate_steps = {self.num_lanes} x "
+                f"{self.accumulate_steps} = {parts}; the nearest that is: {max(round(self.batch_size / parts), 1) * parts}"
+            )
         return self
 
 
