@@ -25,6 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# torch first and by its exact version: as somebody's dependency it could be another build.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[embedded,dev]'
+	@# TorchRec names the CUDA build of fbgemm, half a gigabyte; the extra has brought the CPU's.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torchrec
 	@touch $@
 
 demo: $(INSTALLED) ## Generate data, prepare, extract, train, evaluate; print the comparison.

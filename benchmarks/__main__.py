@@ -16,7 +16,18 @@ from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, goal_table, wide_console
 
-NAMES = ("extract_cpu", "extract_resume", "extract_memory", "extract_gpu")
+NAMES = (
+    "extract_cpu",
+    "extract_resume",
+    "extract_memory",
+    "extract_gpu",
+    "train_throughput",
+    "train_meta",
+    "train_vocabulary",
+    "train_growth",
+    "train_workers",
+    "train_gpu",
+)
 
 
 def main() -> int:

@@ -63,8 +63,8 @@ def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | No
     """Runs one job from the command line.
 
     Returns:
-        Exit status: 0 done, 2 the configuration or the input cannot be used (one clear message, no traceback).
-        Anything else that goes wrong is raised.
+        Exit status: 0 done; 2 the configuration or the input cannot be used (one clear message, no traceback); 143
+        SIGTERM came, and training left a checkpoint to go on from. Anything else that goes wrong is raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -85,7 +85,7 @@ def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | No
         if message is None:
             raise
         print(f"{prog}: {message}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_status", 2)
     return 0
 
 

@@ -138,8 +138,14 @@ class Collator:
         self.users = users
         self.items = items
         self.knowledge = knowledge
+        self.num_scenarios = len(schema.scenarios)
         self.context_ids = [f.name for f in schema.select("categorical", "context")]
         self.context_numeric = [f.name for f in schema.select("numeric", "context")]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of prepared rows that are read; time and position are not."""
+        return ["row_id", "user_row", "item_row", "scenario", "label", *self.context_ids, *self.context_numeric]
 
     def __call__(self, rows: Rows) -> Batch:
         """Encodes B rows; their order is kept."""

@@ -265,11 +265,50 @@ def read_rows(uri: str, columns: Iterable[str], rows: Sequence[int] | np.ndarray
         return table.take(rows - starts[group] + first[place])
 
 
+@_persistent
+def parquet_metadata(uri: str) -> pq.FileMetaData:
+    """Reads the footer of one Parquet file: its schema, and the size and place of each row group.
+
+    Raises:
+        StorageError: The file is missing or damaged.
+    """
+    with _open_parquet(uri, None) as file:
+        return file.metadata
+
+
+@_persistent
+def read_row_group(
+    uri: str, index: int, columns: Iterable[str] | None = None, metadata: pq.FileMetaData | None = None
+) -> pa.Table:
+    """Reads one row group of one Parquet file.
+
+    Args:
+        uri: The file.
+        index: Of the row group, from 0.
+        columns: Those to read, in order; all where None.
+        metadata: The file's footer where it is at hand, so that it is not read again.
+
+    Raises:
+        StorageError: The file is missing or damaged, or lacks a column.
+    """
+    wanted = None if columns is None else list(columns)
+    with _open_parquet(uri, wanted, metadata) as file:
+        table = file.read_row_group(index, wanted)
+        return table if wanted is None else table.select(wanted)
+
+
 @contextmanager
-def _open_parquet(uri: str, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
-    fs, path = arrow_filesystem(uri)
+def _open_parquet(
+    uri: str, columns: list[str] | None, metadata: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
+    fs, path = filesystem(uri)
+    remote = not is_local(uri)
     try:
-        with pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True) as file:
+        with (
+            # No read-ahead: fsspec's fetches 50 MB after each place. What one read needs is asked for at once.
+            fs.open(path, "rb", cache_type="none") if remote else pa.OSFile(path) as source,
+            pq.ParquetFile(source, metadata=metadata, pre_buffer=remote, page_checksum_verification=True) as file,
+        ):
             if columns is not None and (missing := set(columns) - set(file.schema_arrow.names)):
                 raise StorageError(f"{uri}: columns {sorted(missing)} are missing")
             yield file
@@ -278,7 +317,7 @@ def _open_parquet(uri: str, columns: list[str] | None) -> Iterator[pq.ParquetFil
     except pa.ArrowInvalid as error:
         raise StorageError(f"{uri}: not a readable Parquet file: {error}") from error
     except OSError as error:
-        kind = StorageError if is_local(uri) else RemoteReadError
+        kind = RemoteReadError if remote else StorageError
         raise kind(f"{uri}: not a readable Parquet file: {error}") from error
 
 

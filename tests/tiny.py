@@ -22,6 +22,7 @@ from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.schema import REJECTS, SPLITS, Feature, FeatureSchema, Scenario, feature_table_schema, rows_schema
 from llm4msr.settings import config_from_dict
 from llm4msr.training.checkpoint import save_checkpoint
+from llm4msr.training.tensors import write_tensors
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 30, 5
 SEARCH_SOURCES = ["box", "suggestion"]
@@ -163,5 +164,8 @@ def tiny_checkpoint(uri: str, prepared: PreparedData, knowledge: KnowledgeTable 
         "prepared": prepared.uri.rsplit("/", 1)[-1],
         "valid_auc": 0.5,
     }
-    save_checkpoint(uri, config, prepared, knowledge, model.state_dict(), metadata)
+    weights_uri = f"{uri}.safetensors"
+    write_tensors(weights_uri, model.state_dict())
+    save_checkpoint(uri, config, prepared, knowledge, weights_uri, metadata)
+    storage.remove(weights_uri)
     return uri

@@ -13,6 +13,7 @@ from llm4msr.config.base import ConfigError, Section, digest
 from llm4msr.config.data import DataConfig, MovieLensConfig, SplitConfig, SyntheticConfig, TableConfig, TableFeature
 from llm4msr.config.knowledge import KnowledgeConfig, OpenAIConfig
 from llm4msr.config.model import ExperimentConfig, MetaConfig, ModelConfig, TrainConfig
+from llm4msr.config.tune import TuneConfig
 
 __all__ = [
     "ENV_PREFIX",
@@ -31,6 +32,7 @@ __all__ = [
     "TableConfig",
     "TableFeature",
     "TrainConfig",
+    "TuneConfig",
     "digest",
 ]
 
@@ -61,6 +63,8 @@ class Config(BaseSettings):
     """Optimisation and the training group."""
     experiment: ExperimentConfig = ExperimentConfig()
     """Which runs the pipeline trains and compares."""
+    tune: TuneConfig = TuneConfig()
+    """What jobs.tune searches."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

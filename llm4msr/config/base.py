@@ -6,12 +6,22 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]  # numpy takes no other
+
+
+def _single(value: Any) -> Any:
+    """Returns the value of a list of one: the command line makes lists of what may be a pair."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+# [fewest, most] of something that comes and goes.
+Range = tuple[PositiveInt, PositiveInt]
+SingleOrRange = BeforeValidator(_single)
 
 
 class ConfigError(ValueError):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llm4msr.config.base import Auto, Fraction, PositiveInt, Section, Seed
+from llm4msr.config.base import Auto, Fraction, PositiveInt, Range, Section, Seed, SingleOrRange
 
 Level = Literal["scenario", "user", "item"]
 
@@ -87,7 +87,7 @@ class KnowledgeConfig(Section):
     """Tokens per forward pass, padding included. auto: 32768 on a GPU, 2048 on a CPU; halved when memory runs out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where the cluster has any now; cuda: also those that its autoscaler has yet to start."""
-    num_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Auto = "auto"
+    num_actors: Annotated[PositiveInt | Range | Auto, SingleOrRange] = "auto"
     """LLM actors, or [fewest, most] for an autoscaled pool. auto: one per GPU; without one as the CPUs allow."""
     gpus_per_actor: Annotated[float, Field(gt=0)] = 1.0
     """GPUs per actor where they run on GPUs: 0.5 puts two actors on one; 2 and more for engine = vllm alone."""

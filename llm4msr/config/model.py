@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llm4msr.config.base import Auto, Fraction, PositiveInt, Section, Seed
+from llm4msr.config.base import Auto, Fraction, PositiveInt, Range, Section, Seed, SingleOrRange
 
 
 class MetaConfig(Section):
@@ -64,9 +64,12 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation and the training group."""
 
-    num_workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] | Auto = "auto"
+    num_workers: Annotated[Annotated[int, Field(ge=0)] | Range | Auto, SingleOrRange] = "auto"
     """DDP workers of Ray Train; 0 = in process; [fewest, most]: as many as there is room for, changing while it runs.
     auto: one per GPU; without a GPU 0."""
+    cpus_per_worker: PositiveInt | Auto = "auto"
+    """Processors of a worker, and threads of its torch. auto: as many as let all workers fit on the nodes that are
+    there (at most 8 beside a GPU)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Adam's learning rate for dense weights. Sensitive: search it (jobs.tune)."""
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -128,15 +131,17 @@ class TrainConfig(Section):
                 f"each worker reads at least one lane; set num_lanes to {self.most_workers}"
             )
         if isinstance(self.num_workers, int) and self.num_workers > 1 and self.num_lanes % self.num_workers:
+            fits = -(-self.num_lanes // self.num_workers) * self.num_workers
             raise ValueError(
                 f"num_lanes {self.num_lanes} is not divisible by num_workers {self.num_workers}: workers would take "
-                f"unequal parts of each step; set num_lanes to {-(-self.num_lanes // self.num_workers) * self.num_workers}"
+                f"unequal parts of each step; set num_lanes to {fits}"
             )
         parts = self.num_lanes * self.accumulate_steps
         if self.batch_size % parts:
+            fits = max(round(self.batch_size / parts), 1) * parts
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by num_lanes x accumulate_steps = {self.num_lanes} x "
-                f"{self.accumulate_steps} = {parts}; the nearest that is: {max(round(self.batch_size / parts), 1) * parts}"
+                f"{self.accumulate_steps} = {parts}; the nearest that is: {fits}"
             )
         return self
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llm4msr.config import ModelConfig
-from llm4msr.models.layers import ScenarioNorm, dense_stack, map_by_scenario, scenario_rows
+from llm4msr.models.layers import Dropout, ScenarioNorm, ScenarioRows, dense_stack
 
 
 class Backbone(nn.Module, ABC):
@@ -53,8 +53,8 @@ class SharedBottom(Backbone):
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
-        rows = scenario_rows(scenario_B, len(self.towers))
-        return map_by_scenario(self.bottom(x_BD), rows, lambda s, x: self.towers[s](x).squeeze(1))
+        rows = ScenarioRows(scenario_B, len(self.towers))
+        return rows.map(rows.sort(self.bottom(x_BD)), lambda s, x: self.towers[s](x).squeeze(1))
 
 
 class Star(Backbone):
@@ -73,7 +73,7 @@ class Star(Backbone):
         self.shared = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
         self.weights_SHD = nn.ParameterList(torch.ones(num_scenarios, b, a) for a, b in itertools.pairwise(dims))
         self.biases_SH = nn.ParameterList(torch.zeros(num_scenarios, b) for b in dims[1:])
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.scenario_embedding = nn.Parameter(torch.randn(num_scenarios, config.embedding_dim) * 0.05)
         auxiliary_dim = config.hidden_dims[-1] if config.hidden_dims else config.embedding_dim
         self.auxiliary = nn.Sequential(
@@ -82,11 +82,11 @@ class Star(Backbone):
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
+        rows = ScenarioRows(scenario_B, len(self.scenario_embedding))
+        x_BD = rows.sort(x_BD)
         if self.norm is not None:
-            x_BD = self.norm(x_BD, scenario_B)
-        rows = scenario_rows(scenario_B, len(self.scenario_embedding))
-        auxiliary_B1 = self.auxiliary(torch.cat([x_BD, self.scenario_embedding[scenario_B]], dim=1))
-        return map_by_scenario(x_BD, rows, self._star) + auxiliary_B1.squeeze(1)
+            x_BD = self.norm(x_BD, rows)
+        return rows.map(x_BD, lambda s, x: self._star(s, x) + self._auxiliary(s, x))
 
     def _star(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
         for i, shared in enumerate(self.shared):
@@ -95,6 +95,13 @@ class Star(Backbone):
             if i + 1 < len(self.shared):
                 x_BD = self.dropout(torch.relu(x_BD))
         return x_BD.squeeze(1)
+
+    def _auxiliary(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
+        """The auxiliary network on x beside scenario s's embedding, which only shifts the first layer's bias."""
+        hidden, last = self.auxiliary
+        x_weight_HD, embedding_weight_HE = hidden[0].weight.split([x_BD.shape[1], self.scenario_embedding.shape[1]], 1)
+        bias_H = hidden[0].bias + embedding_weight_HE @ self.scenario_embedding[s]
+        return last(hidden[1:](nn.functional.linear(x_BD, x_weight_HD, bias_H))).squeeze(1)
 
 
 BACKBONES: dict[str, type[Backbone]] = {"shared_bottom": SharedBottom, "star": Star}

@@ -20,7 +20,8 @@ from torch import nn
 from llm4msr.config import MetaConfig, ModelConfig
 from llm4msr.models.backbones import Backbone, build_backbone
 from llm4msr.models.embedding import FeatureEmbedding
-from llm4msr.models.meta import KnowledgeTrunk, MetaLayer
+from llm4msr.models.layers import ScenarioRows
+from llm4msr.models.meta import KnowledgeTrunk, MetaLayer, SubjectRows
 from llm4msr.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class UserMeta(nn.Module):
         if self.training:
             index_B = hide_share(index_B, self.knowledge_dropout)
         z_UZ = self.trunk(knowledge_UK)
+        rows = SubjectRows(index_B, *z_UZ.shape)
         for layer in self.layers:
-            changed_BD = nn.functional.gelu(layer(x_BD, z_UZ, index_B))
+            changed_BD = nn.functional.gelu(layer(x_BD, z_UZ, rows))
             x_BD = x_BD + changed_BD if self.residual else changed_BD
         return x_BD
 
@@ -97,11 +99,15 @@ class ScenarioMeta(nn.Module):
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
         z_SZ = self.trunk(self.knowledge_SK)
-        for i, layer in enumerate(self.layers):
-            x_BD = layer(x_BD, z_SZ, scenario_B)
-            if i + 1 < len(self.layers):
-                x_BD = nn.functional.gelu(x_BD)
-        return x_BD.squeeze(1)
+        weights = [(layer.weight(z_SZ), layer.bias_head(z_SZ)) for layer in self.layers]
+
+        def stack(s: int, x_BD: torch.Tensor) -> torch.Tensor:
+            for i, (weight_SDH, bias_SH) in enumerate(weights):
+                x_BD = torch.addmm(bias_SH[s], x_BD if i == 0 else nn.functional.gelu(x_BD), weight_SDH[s])
+            return x_BD.squeeze(1)
+
+        rows = ScenarioRows(scenario_B, len(z_SZ))
+        return rows.map(rows.sort(x_BD), stack)
 
 
 class MultiScenarioModel(nn.Module):
@@ -146,7 +152,11 @@ class MultiScenarioModel(nn.Module):
 
 
 def build_model(
-    schema: FeatureSchema, config: ModelConfig, knowledge_dim: int | None, item_knowledge: bool = False
+    schema: FeatureSchema,
+    config: ModelConfig,
+    knowledge_dim: int | None,
+    item_knowledge: bool = False,
+    materialize: bool = True,
 ) -> MultiScenarioModel:
     """Builds the model from schema and configuration alone.
 
@@ -155,11 +165,12 @@ def build_model(
         config: Backbone, widths, meta networks.
         knowledge_dim: K; None builds the backbone alone.
         item_knowledge: Whether the knowledge has vectors of items; ignored without knowledge.
+        materialize: False leaves the embedding tables on the meta device, for who will spread them over workers.
 
     Raises:
         ValueError: Unknown backbone, or knowledge that nothing would read.
     """
-    embedding = FeatureEmbedding(schema, config.embedding_dim, config.unseen_dropout)
+    embedding = FeatureEmbedding(schema, config.embedding_dim, config.unseen_dropout, materialize)
     num_scenarios = len(schema.scenarios)
     if knowledge_dim is None:
         return MultiScenarioModel(embedding, build_backbone(embedding.output_dim, num_scenarios, config))

@@ -1,12 +1,12 @@
 """Hierarchical meta networks: knowledge vectors in, weights of meta layers out.
 
 A `MetaNetwork` is a dense trunk K -> ... -> Z with heads that generate one `MetaLayer`'s weight and bias for each of
-U subjects (users or scenarios). A generated layer is applied to B rows without ever holding a weight per row; two
-orders of the same sum are used, whichever costs less (`apply_full`).
+U subjects (users or scenarios). A generated layer is applied to B rows without a weight per row (`SubjectRows`).
 
 The paper fixes neither depth, widths, activation nor weight form; those here are a reconstruction (docs/method.md).
 
-Axes: B rows, U subjects, K knowledge width, Z trunk width, D input width, H output width, R rank.
+Axes: B rows, U subjects, K knowledge width, Z trunk width, D input width, H output width, R rank,
+N slots of L rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from llm4msr.models.layers import dense_stack
+
+CPU_WEIGHTS, GPU_WEIGHTS = 2**20, 2**26  # generated weights held at a time; a CPU keeps its in its cache
 
 
 class KnowledgeTrunk(nn.Module):
@@ -46,7 +48,7 @@ class KnowledgeTrunk(nn.Module):
 
     def forward(self, knowledge_UK: torch.Tensor) -> torch.Tensor:
         """Returns z_UZ."""
-        z_UZ = self.dense((knowledge_UK - self.mean_K) / self.std_K)
+        z_UZ = self.dense((knowledge_UK - self.mean_K).div_(self.std_K))
         if self.missing_Z is not None:
             z_UZ = torch.cat([self.missing_Z.unsqueeze(0), z_UZ[1:]])
         return z_UZ
@@ -85,14 +87,14 @@ class MetaLayer(nn.Module):
         nn.init.normal_(self.weight_head.bias, std=weight_std * 0.5**0.5)
         nn.init.zeros_(self.bias_head.bias)
 
-    def forward(self, x_BD: torch.Tensor, z_UZ: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-        """Applies to row b the layer generated from ``z_UZ[index_B[b]]``; returns (B, H)."""
-        head, head_bias = self.weight_head.weight, self.weight_head.bias
+    def forward(self, x_BD: torch.Tensor, z_UZ: torch.Tensor, rows: SubjectRows) -> torch.Tensor:
+        """Applies to each row the layer generated from its subject's z; returns (B, H)."""
+        z_NZ = z_UZ.index_select(0, rows.subject_N)
         if self.full:
-            out_BH = apply_full(x_BD, z_UZ, index_B, head, head_bias)
+            out_BH = rows.multiply(x_BD, z_NZ, self.weight_head)
         else:
-            out_BH = apply_full(x_BD @ self.down_DR, z_UZ, index_B, head, head_bias) @ self.up_RH
-        return out_BH + self.bias_head(z_UZ)[index_B]
+            out_BH = rows.multiply(x_BD @ self.down_DR, z_NZ, self.weight_head) @ self.up_RH
+        return out_BH + self.bias_head(z_UZ).index_select(0, rows.index_B)
 
     def weight(self, z_UZ: torch.Tensor) -> torch.Tensor:
         """Returns the generated weights, (U, D, H): what `forward` multiplies with, in full."""
@@ -102,41 +104,82 @@ class MetaLayer(nn.Module):
         return self.down_DR @ generated.view(-1, self.rank, self.rank) @ self.up_RH
 
 
-def apply_full(
-    x_BD: torch.Tensor, z_UZ: torch.Tensor, index_B: torch.Tensor, head: torch.Tensor, head_bias: torch.Tensor
-) -> torch.Tensor:
-    """Computes x_b W_u(b) for W_u = z_u A + a without a weight per row.
+class SubjectRows:
+    """Where the rows of each subject are in a batch: N slots of `length` rows, each of one subject.
 
-    Two orders of the same sum: weights of the distinct subjects and one padded batched product over their rows, or
-    (z_b ⊗ x_b) A, which never forms a weight. The first wins when subjects have many rows each.
+    A product with a weight per subject is then one batched product over the slots. A subject has as many slots as its
+    rows fill, so that one with many rows (no knowledge: a tenth of a training batch) does not stretch the others'; the
+    length is the cheapest for the batch at hand.
 
     Args:
-        x_BD: Inputs.
-        z_UZ: Trunk outputs of the subjects.
         index_B: Subject of each row.
-        head: A, (D * H, Z).
-        head_bias: a, (D * H).
-
-    Returns:
-        (B, H).
+        num_subjects: U.
+        trunk_dim: Z: generating a slot's weight costs as much as multiplying Z rows with it.
     """
-    num_rows, input_dim = x_BD.shape
-    num_subjects, trunk_dim = z_UZ.shape
-    output_dim = len(head_bias) // input_dim
-    count_U = torch.bincount(index_B, minlength=num_subjects)
-    longest = int(count_U.max()) if num_rows else 0
-    if num_subjects * (trunk_dim + longest) <= num_rows * (trunk_dim + 1):
-        weight_UDH = nn.functional.linear(z_UZ, head, head_bias).view(num_subjects, input_dim, output_dim)
-        if num_subjects == 1:
-            return x_BD @ weight_UDH[0]
+
+    def __init__(self, index_B: torch.Tensor, num_subjects: int, trunk_dim: int) -> None:
+        self.index_B = index_B
+        num_rows, device = len(index_B), index_B.device
+        count_U = torch.bincount(index_B, minlength=num_subjects)
+        lengths = [1, *(step << i for i in range(num_rows.bit_length()) for step in (2, 3))]
+        length_L1 = torch.tensor(lengths, device=device).unsqueeze(1)
+        num_slots = (-(-count_U // length_L1)).sum(1).tolist()
+        slots = zip(num_slots, lengths, strict=True)
+        self.num_slots, self.length = min(slots, key=lambda slot: slot[0] * (slot[1] + trunk_dim))
+        slots_U = -(-count_U // self.length)
+        self.subject_N = torch.repeat_interleave(slots_U, output_size=self.num_slots)
+        # A row's place: its rank among its subject's rows, after the slots of the subjects before.
         order_B = torch.argsort(index_B, stable=True)
-        first_U = torch.cumsum(count_U, 0) - count_U
-        sorted_index_B = index_B[order_B]
-        place_B = torch.arange(num_rows, device=x_BD.device) - first_U[sorted_index_B]
-        slot_B = torch.empty_like(order_B).index_copy(0, order_B, sorted_index_B * longest + place_B)
-        padded = torch.zeros(num_subjects * longest, input_dim, dtype=x_BD.dtype, device=x_BD.device)
-        padded = padded.index_copy(0, slot_B, x_BD).view(num_subjects, longest, input_dim)
-        return torch.bmm(padded, weight_UDH).view(num_subjects * longest, output_dim)[slot_B]
-    head_ZDH = head.view(input_dim, output_dim, trunk_dim).permute(2, 0, 1).reshape(trunk_dim * input_dim, output_dim)
-    outer_B = (z_UZ[index_B].unsqueeze(2) * x_BD.unsqueeze(1)).view(num_rows, trunk_dim * input_dim)
-    return outer_B @ head_ZDH + x_BD @ head_bias.view(input_dim, output_dim)
+        shift_U = (slots_U.cumsum(0) - slots_U) * self.length - (count_U.cumsum(0) - count_U)
+        place_B = torch.arange(num_rows, device=device) + shift_U[index_B[order_B]]
+        self.place_B = torch.empty_like(order_B).index_copy(0, order_B, place_B)
+
+    def multiply(self, x_BD: torch.Tensor, z_NZ: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+        """Computes x_b W_b, where W_b is what the head generates for the row's slot."""
+        device, input_dim = x_BD.device.type, x_BD.shape[1]
+        if torch.is_autocast_enabled(device):
+            x_BD = x_BD.to(torch.get_autocast_dtype(device))
+        padded = x_BD.new_zeros(self.num_slots * self.length, input_dim).index_copy(0, self.place_B, x_BD)
+        slots_NLD = padded.view(self.num_slots, self.length, input_dim)
+        # The head's bias is the weight of a further z that is always 1.
+        z_NZ = nn.functional.pad(z_NZ, (0, 1), value=1.0)
+        head_WZ = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1)
+        at_once = max((CPU_WEIGHTS if device == "cpu" else GPU_WEIGHTS) // len(head_WZ), 1)
+        out_NLH = _GeneratedProduct.apply(slots_NLD, z_NZ, head_WZ, at_once)
+        return out_NLH.flatten(0, 1).index_select(0, self.place_B)
+
+
+class _GeneratedProduct(torch.autograd.Function):
+    """x_NLD times the weights that z_NZ generates, one per slot.
+
+    Weights exist for some slots at a time and are generated again in the backward pass: memory does not grow with the
+    number of subjects, and on a CPU they stay in its cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x_NLD, z_NZ, head_WZ, at_once):
+        ctx.save_for_backward(x_NLD, z_NZ, head_WZ)
+        ctx.at_once = at_once
+        z_NZ, head_WZ = z_NZ.to(x_NLD.dtype), head_WZ.to(x_NLD.dtype)
+        return torch.cat([torch.bmm(x, _weights(x, z, head_WZ)) for x, z in _split(at_once, x_NLD, z_NZ)])
+
+    @staticmethod
+    def backward(ctx, gradient_NLH):
+        x_NLD, z_NZ, head_WZ = ctx.saved_tensors
+        head, head_gradient = head_WZ.to(x_NLD.dtype), torch.zeros_like(head_WZ)
+        x_gradients, z_gradients = [], []
+        for x, z, gradient in _split(ctx.at_once, x_NLD, z_NZ.to(x_NLD.dtype), gradient_NLH):
+            x_gradients.append(torch.bmm(gradient, _weights(x, z, head).transpose(1, 2)))
+            weight_gradient = torch.bmm(x.transpose(1, 2), gradient).flatten(1)
+            z_gradients.append(weight_gradient @ head)
+            head_gradient += weight_gradient.t() @ z
+        return torch.cat(x_gradients), torch.cat(z_gradients), head_gradient, None
+
+
+def _weights(x_NLD: torch.Tensor, z_NZ: torch.Tensor, head_WZ: torch.Tensor) -> torch.Tensor:
+    input_dim = x_NLD.shape[2]
+    return (z_NZ @ head_WZ.t()).view(len(z_NZ), input_dim, len(head_WZ) // input_dim)
+
+
+def _split(at_once: int, *tensors: torch.Tensor) -> zip:
+    return zip(*(tensor.split(at_once) for tensor in tensors), strict=True)

@@ -14,15 +14,10 @@ from schema and configuration; weights that do not fit are refused by name.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
@@ -32,6 +27,7 @@ from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model
 from llm4msr.schema import FeatureSchema
 from llm4msr.settings import config_from_dict
+from llm4msr.training.tensors import read_tensors
 
 MODEL_FILE = "model.safetensors"
 KNOWLEDGE_DIRECTORY = "knowledge"
@@ -74,7 +70,7 @@ def save_checkpoint(
     config: Config,
     prepared: PreparedData,
     knowledge: KnowledgeTable | None,
-    state: dict[str, torch.Tensor],
+    weights_uri: str,
     metadata: dict[str, Any],
 ) -> None:
     """Writes a checkpoint to a fresh place; what an unfinished attempt left there is removed.
@@ -84,7 +80,7 @@ def save_checkpoint(
         config: The run's configuration.
         prepared: The data it was trained on.
         knowledge: What the model was trained with (shuffled, if it was), or None.
-        state: The model's state dict.
+        weights_uri: A file of `write_tensors` with the model's state dict.
         metadata: JSON values; must hold "model_version".
     """
     storage.remove(uri)
@@ -94,10 +90,7 @@ def save_checkpoint(
         storage.copy(source, storage.join(uri, VOCAB_DIRECTORY, source.rsplit("/", 1)[-1]))
     if knowledge is not None:
         knowledge.save(storage.join(uri, KNOWLEDGE_DIRECTORY))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL_FILE
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
-        storage.copy(str(path), storage.join(uri, MODEL_FILE))
+    storage.copy(weights_uri, storage.join(uri, MODEL_FILE))
     storage.write_json(storage.join(uri, "config.json"), config.model_dump(mode="json"))
     storage.write_json(storage.join(uri, "metadata.json"), metadata)
     storage.write_manifest(uri, {"kind": "checkpoint", "model_version": metadata["model_version"]})
@@ -135,18 +128,6 @@ def load_checkpoint(uri: str) -> Checkpoint:
 def _load_weights(model: MultiScenarioModel, uri: str) -> None:
     place = storage.join(uri, MODEL_FILE)
     try:
-        if storage.is_local(place):
-            state = load_file(storage.local_path(place))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / MODEL_FILE
-                storage.copy(place, str(path))
-                state = load_file(path)
-    except FileNotFoundError as error:
-        raise storage.StorageError(f"{place}: no such file") from error
-    except SafetensorError as error:
-        raise storage.StorageError(f"{place}: not readable safetensors: {error}") from error
-    try:
-        model.load_state_dict(state)
+        model.load_state_dict(read_tensors(place))
     except RuntimeError as error:
         raise storage.StorageError(f"{place}: the weights do not fit config.json and schema.json: {error}") from error

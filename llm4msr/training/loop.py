@@ -1,88 +1,53 @@
-"""The training loop of one worker: torch alone, the same in process and in a DDP group.
+"""The training loop of one worker: epochs, early stop, checkpoints, and going on after a crash.
 
 Who starts it, on how many workers and on which device, is the business of `llm4msr.training.run`.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import logging
 import math
 import platform
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from llm4msr import storage
-from llm4msr.batch import Batch, Collator, EntityFeatures
-from llm4msr.config import Config
+from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.config import digest
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model, set_knowledge
 from llm4msr.training.checkpoint import save_checkpoint
-from llm4msr.training.metrics import BinnedAuc
-from llm4msr.training.reader import TrainReader, list_row_groups, prefetch, read_share
-from llm4msr.training.sparse import average_sparse_gradients, embedding_parameters
+from llm4msr.training.reader import TrainReader, list_row_groups, prefetch
+from llm4msr.training.scalars import Scalars
+from llm4msr.training.state import TrainState, load_state, newest_state, save_best, save_state
+from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask, load_knowledge
+from llm4msr.training.trainer import Trainer
 
 logger = logging.getLogger("llm4msr.training")
 
-VALID_BATCH_SIZE = 8192
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message says where it stopped and what to change."""
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """One run.
-
-    Attributes:
-        config: The resolved configuration.
-        prepared_uri: Finished prepared data.
-        knowledge_uri: Finished knowledge table; None trains the backbone alone.
-        knowledge: none, llm or shuffled.
-        seed: Of initialisation, dropout, order of rows, and the shuffling of knowledge.
-        run_uri: Where checkpoint/ and tensorboard/ go.
-        name: Of the run; the model's version.
-    """
-
-    config: Config
-    prepared_uri: str
-    knowledge_uri: str | None
-    knowledge: str
-    seed: int
-    run_uri: str
-    name: str
-
-    @property
-    def checkpoint_uri(self) -> str:
-        """The place of the finished checkpoint."""
-        return storage.join(self.run_uri, "checkpoint")
-
-
-def load_knowledge(task: TrainTask) -> KnowledgeTable | None:
-    """Returns the knowledge table that the run trains with."""
-    if task.knowledge_uri is None:
-        return None
-    table = KnowledgeTable.load(task.knowledge_uri)
-    return table.shuffled(task.seed) if task.knowledge == "shuffled" else table
+PREEMPTION_CHECK_S = 5.0  # Ray Train answers it with a barrier: not at each look
 
 
 def train_worker(
-    task: TrainTask, rank: int, world_size: int, device: torch.device, report: Callable[[dict[str, Any]], None]
+    task: TrainTask,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    report: Callable[[dict[str, Any]], None],
+    should_stop: Callable[[], bool] = lambda: False,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains until the mean scenario AUC on valid stops improving, and writes the best weights as a checkpoint.
+
+    Goes on from the newest good checkpoint of a training that was stopped, by whatever and at whatever point.
 
     Args:
         task: What to train.
@@ -90,239 +55,297 @@ def train_worker(
         world_size: Number of workers; above 1 a process group must be initialised.
         device: Where the model lives.
         report: Called once per epoch on every worker with that epoch's metrics.
+        should_stop: Asked now and then on each worker; true on one stops all, after a checkpoint.
+        preempted: Asked now and then on all workers at the same step, answers the same on all; true writes a
+            checkpoint and training goes on.
 
     Returns:
         The checkpoint's metadata.
 
     Raises:
-        TrainingError: The loss is not finite, or valid has a scenario without both classes.
+        TrainingError: The loss is not finite or exploded, train has fewer rows than lanes, or valid has a scenario
+            without both classes.
+        TrainingInterrupted: `should_stop` said so.
     """
-    started = time.perf_counter()
-    config = task.config
     prepared = PreparedData.open(task.prepared_uri)
     knowledge = load_knowledge(task)
+    model = _new_model(task, prepared, knowledge)
     collator = Collator(
         prepared.schema,
         EntityFeatures.from_table(prepared.users(), prepared.schema, "user"),
         EntityFeatures.from_table(prepared.items(), prepared.schema, "item"),
         knowledge,
     )
-    torch.manual_seed(task.seed)  # the same initial weights on every worker
-    if knowledge is None:
-        model = build_model(prepared.schema, config.model, None)
-    else:
-        model = build_model(prepared.schema, config.model, knowledge.width, knowledge.has_items)
-        set_knowledge(model, knowledge)
-        if "item" in config.knowledge.levels and not knowledge.has_items:
-            logger.warning("%s: no item has knowledge: the model is built without item knowledge", task.name)
-    model.to(device)
-    torch.manual_seed(task.seed * 1000 + rank)  # dropout differs between workers
-    trainer = _Trainer(task, model, collator, prepared, rank, world_size, device)
-
-    best_auc, best_epoch, best_state, history = -math.inf, -1, None, []
-    for epoch in range(config.train.max_epochs):
-        metrics = trainer.run_epoch(epoch)
-        history.append(metrics)
-        if metrics["valid_auc"] > best_auc:
-            best_auc, best_epoch = metrics["valid_auc"], epoch
-            best_state = copy.deepcopy(model.state_dict()) if rank == 0 else None
-        report(metrics)
-        if epoch - best_epoch >= config.train.patience:
-            break
+    trainer = Trainer(task.config, model, collator, rank, world_size, device)
+    run = _Run(task, prepared, trainer, should_stop, preempted)
+    state, train = run.state, task.config.train
+    while state.epoch < train.max_epochs and (state.best_epoch < 0 or state.epoch - state.best_epoch <= train.patience):
+        report(run.epoch())
     metadata = {
         "model_version": task.name,
-        "backbone": config.model.backbone,
+        "backbone": task.config.model.backbone,
         "knowledge": task.knowledge,
         "seed": task.seed,
         "prepared": task.prepared_uri.rsplit("/", 1)[-1],
-        "best_epoch": best_epoch,
-        "valid_auc": best_auc,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "best_epoch": state.best_epoch,
+        "valid_auc": state.best_auc,
+        "num_parameters": trainer.num_parameters,
         "world_size": world_size,
-        "history": history,
-        "seconds": round(time.perf_counter() - started, 3),
+        "history": state.history,
+        "seconds": round(run.seconds(), 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+    if run.log:
+        run.log.close()
     if rank == 0:
-        trainer.close()
-        save_checkpoint(task.checkpoint_uri, config, prepared, knowledge, best_state, metadata)
+        best = storage.join(task.training_uri, state.best_file["file"])
+        save_checkpoint(task.checkpoint_uri, task.config, prepared, knowledge, best, metadata)
+        storage.remove(task.training_uri)
     return metadata
 
 
-class _Trainer:
-    """What stays the same from epoch to epoch."""
+def _new_model(task: TrainTask, prepared: PreparedData, knowledge: KnowledgeTable | None) -> MultiScenarioModel:
+    torch.manual_seed(task.seed)  # the same initial weights on every worker
+    config = task.config
+    materialize = config.model.embedding_sharding == "replicated"
+    if knowledge is None:
+        return build_model(prepared.schema, config.model, None, materialize=materialize)
+    if "item" in config.knowledge.levels and not knowledge.has_items:
+        logger.warning("%s: no item has knowledge: the model is built without item knowledge", task.name)
+    model = build_model(prepared.schema, config.model, knowledge.width, knowledge.has_items, materialize)
+    set_knowledge(model, knowledge)
+    return model
+
+
+class _Run:
+    """A run in progress: its position, what it has seen of the current epoch, its logs and checkpoints."""
 
     def __init__(
         self,
         task: TrainTask,
-        model: MultiScenarioModel,
-        collator: Collator,
         prepared: PreparedData,
-        rank: int,
-        world_size: int,
-        device: torch.device,
+        trainer: Trainer,
+        should_stop: Callable[[], bool],
+        preempted: Callable[[], bool],
     ) -> None:
-        train = task.config.train
-        self.task, self.collator, self.device = task, collator, device
-        self.rank, self.world_size = rank, world_size
-        self.scenario_names = prepared.schema.scenario_names
-        self.reader = TrainReader(
-            list_row_groups(prepared.files("train")),
-            train.batch_size // world_size,
-            rank,
-            world_size,
-            task.seed,
-            train.shuffle_buffer_rows,
-        )
-        self.valid_groups = list_row_groups(prepared.files("valid"))
-        self.model = model
-        self.step_model: nn.Module = model
-        embeddings = embedding_parameters(model)
-        if world_size > 1:
-            for parameter in embeddings.values():
-                dist.broadcast(parameter.data, 0)
-            # Sparse gradients are exchanged by average_sparse_gradients; statistics are already the same everywhere.
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(embeddings))
-            self.step_model = DistributedDataParallel(model, forward_sync_buffers=False)
-        dense = [p for name, p in model.named_parameters() if name not in embeddings]
-        self.embeddings = list(embeddings.values())
-        self.optimizers = [
-            torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay),
-            torch.optim.SparseAdam(self.embeddings, lr=train.learning_rate),
-        ]
-        self.log = _Scalars(task.run_uri) if rank == 0 else None
-        self.step = 0
+        self.started = self.asked = time.monotonic()
+        self.task, self.prepared, self.trainer = task, prepared, trainer
+        self.should_stop, self.preempted = should_stop, preempted
+        self.train, self.names = task.config.train, prepared.schema.scenario_names
+        try:
+            self.reader = TrainReader(
+                list_row_groups(prepared.files("train")),
+                batch_size=self.train.batch_size,
+                num_lanes=self.train.num_lanes,
+                rank=trainer.rank,
+                world_size=trainer.world_size,
+                seed=task.seed,
+                buffer_rows=self.train.shuffle_buffer_rows,
+                rows_per_user=self.train.rows_per_user,
+                columns=trainer.collator.columns,
+            )
+        except ValueError as error:
+            if isinstance(error, storage.StorageError):
+                raise
+            raise TrainingError(f"{task.name}: {error}") from error
+        self.pending: list[torch.Tensor] = []  # losses of the steps since the last look
+        self.last_saved: str | None = None
+        self.state = TrainState(task.name, digest(prepared.schema.to_json()), sums_S2=[[0.0, 0.0] for _ in self.names])
+        self._go_on()
+        self.state.world_size = trainer.world_size
+        self.seconds_before = self.state.seconds
+        self.log = Scalars(task.run_uri, self.state.step) if trainer.rank == 0 else None
 
-    def run_epoch(self, epoch: int) -> dict[str, Any]:
-        """Trains one epoch, validates, logs; returns the same metrics on every worker but for rows_per_s and wait."""
-        started = time.perf_counter()
-        losses, wait_s, num_rows = [], 0.0, 0
-        self.model.train()
-        batches = prefetch(self.reader.epoch(epoch), self._collate)
-        waited_since = time.perf_counter()
-        for batch in batches:
-            wait_s += time.perf_counter() - waited_since
-            losses.append(self._train_step(batch.to(self.device)))
-            num_rows += len(batch)
-            self.step += 1
-            if self.step % self.task.config.train.log_every_steps == 0:
-                self._check(losses[-1], epoch)
-                if self.log:
-                    elapsed_s = time.perf_counter() - started
-                    self.log.write(
-                        self.step,
-                        {
-                            "train/loss": float(losses[-1]),
-                            "train/rows_per_s": num_rows * self.world_size / elapsed_s,
-                            "train/data_wait_fraction": wait_s / elapsed_s,
-                        },
-                    )
-            waited_since = time.perf_counter()
-        train_s = time.perf_counter() - started
-        loss = self._mean(torch.stack(losses).mean())
-        self._check(loss, epoch)
-        auc_S = self._validate()
-        metrics = {
-            "epoch": epoch,
-            "loss": float(loss),
-            "valid_auc": float(np.mean(auc_S)),
-            "valid_auc_by_scenario": dict(zip(self.scenario_names, auc_S, strict=True)),
-            "rows_per_s": round(num_rows * self.world_size / train_s),
-            "data_wait_s": round(wait_s, 3),
-        }
-        if self.log:
-            self.log.write(
-                self.step,
-                {
-                    "epoch/loss": metrics["loss"],
-                    "valid/auc_mean": metrics["valid_auc"],
-                    **{f"valid/auc_{name}": value for name, value in metrics["valid_auc_by_scenario"].items()},
-                    "epoch/rows_per_s": metrics["rows_per_s"],
-                    "epoch/data_wait_s": wait_s,
-                },
-            )
+    def _go_on(self) -> None:
+        """Takes over the newest good checkpoint, the same on all workers."""
+        state, trainer = self.state, self.trainer
+        place = [newest_state(self.task.training_uri, state.run, state.schema) if trainer.rank == 0 else None]
+        if trainer.world_size > 1:
+            dist.broadcast_object_list(place)
+        if place[0] is None:
+            return
+        loaded = load_state(place[0], state.run, state.schema)
+        trainer.load(loaded.model, loaded.optimizer)
+        self.state, self.last_saved = loaded.state, loaded.uri
+        if trainer.rank == 0:
             logger.info(
-                "%s epoch %d: loss %.4f, valid AUC %s, %s rows/s",
+                "%s: going on from %s: epoch %d, step %d of %d",
                 self.task.name,
-                epoch,
-                metrics["loss"],
-                " ".join(f"{name} {value:.4f}" for name, value in metrics["valid_auc_by_scenario"].items()),
-                f"{metrics['rows_per_s']:,}",
+                loaded.uri,
+                self.state.epoch,
+                self.state.epoch_step,
+                self.reader.steps_per_epoch,
             )
+
+    def seconds(self) -> float:
+        """Time spent, over all starts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def epoch(self) -> dict[str, Any]:
+        """Trains what is left of the current epoch, validates, logs, saves.
+
+        Returns:
+            The epoch's metrics, the same on every worker but for data_wait_s.
+        """
+        state, reader = self.state, self.reader
+        number, first_step = state.epoch, state.epoch_step
+        self.train_started, self.wait_s, self.num_rows = time.perf_counter(), 0.0, 0
+        waited_since = self.train_started
+        collate = functools.partial(self.trainer.collate, num_lanes=len(reader.lanes))
+        with contextlib.closing(prefetch(reader.epoch(number, first_step), collate)) as steps:
+            for batches in steps:
+                self.wait_s += time.perf_counter() - waited_since
+                self._step(batches)
+                waited_since = time.perf_counter()
+        train_s = time.perf_counter() - self.train_started
+        values = self.trainer.validate(self.prepared)
+        self._check_defined(values["auc"])
+        loss_S, rows_S = np.array(state.sums_S2).T
+        metrics = {
+            "epoch": number,
+            "loss": float(loss_S.sum() / rows_S.sum()),
+            "loss_by_scenario": self._named(loss_S / np.maximum(rows_S, 1)),
+            "valid_auc": float(np.mean(values["auc"])),
+            **{f"valid_{name}_by_scenario": self._named(values[name]) for name in ("auc", "gauc", "log_loss")},
+            "rows_per_s": round(self.num_rows / train_s),
+            "data_wait_s": round(self.wait_s, 3),
+        }
+        self._finish_epoch(metrics)
+        self._log_epoch(metrics)
         return metrics
 
-    def close(self) -> None:
-        """Ends the scalar log."""
+    def _step(self, batches: list) -> None:
+        state = self.state
+        rows = self.reader.rows_in_step(state.epoch_step)
+        torch.manual_seed(step_seed(self.task.seed, state.epoch, state.epoch_step, self.trainer.rank))
+        self.pending.append(self.trainer.step(batches, rows))
+        self.num_rows += rows
+        state.step += 1
+        state.epoch_step += 1
+        save = state.step % self.train.checkpoint_every_steps == 0
+        if save or state.step % self.train.log_every_steps == 0 or state.epoch_step == self.reader.steps_per_epoch:
+            stop, warned = self._look()
+            if save or stop or warned:
+                self._save()
+            if stop:
+                raise TrainingInterrupted(
+                    f"{self.task.name}: stopped as asked at epoch {state.epoch}, step {state.step}; "
+                    f"the same command goes on from {self.last_saved}"
+                )
+
+    def _look(self) -> tuple[bool, bool]:
+        """Adds up the losses since the last look over all workers, checks them, and asks for signals.
+
+        Returns:
+            Whether to stop, and whether a preemption was announced.
+        """
+        ask = time.monotonic() - self.asked > PREEMPTION_CHECK_S
+        steps_KS2 = torch.stack(self.pending)
+        self.pending = []
+        flags = torch.tensor([self.should_stop(), ask and self.trainer.rank == 0], dtype=torch.float64)
+        sent = torch.cat([steps_KS2.flatten(), flags.to(steps_KS2.device)])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(sent)
+        sent = sent.cpu()
+        stop, ask = (bool(flag) for flag in sent[-2:])
+        steps_KS2 = sent[:-2].view(steps_KS2.shape).numpy()
+        self._check(steps_KS2)
+        self.state.sums_S2 = (np.array(self.state.sums_S2) + steps_KS2.sum(0)).tolist()
         if self.log:
-            self.log.close()
+            loss_S, rows_S = steps_KS2[-1].T
+            elapsed_s = time.perf_counter() - self.train_started
+            self.log.write(
+                self.state.step,
+                {
+                    "train/loss": loss_S.sum() / rows_S.sum(),
+                    **{f"train/loss_{n}": x / r for n, x, r in zip(self.names, loss_S, rows_S, strict=True) if r},
+                    "train/rows_per_s": self.num_rows / elapsed_s,
+                    "train/data_wait_fraction": self.wait_s / elapsed_s,
+                },
+            )
+        if not ask:
+            return stop, False
+        self.asked = time.monotonic()
+        return stop, self.preempted()
 
-    def _collate(self, rows: Any) -> Batch:
-        batch = self.collator(rows)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+    def _check(self, steps_KS2: np.ndarray) -> None:
+        """Raises for the first step whose loss is not finite or above the limit, before such a state is saved."""
+        limit = self.train.max_loss
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_K = steps_KS2[..., 0].sum(1) / steps_KS2[..., 1].sum(1)
+            mean_KS = steps_KS2[..., 0] / steps_KS2[..., 1]
+        bad_K = np.flatnonzero(~(mean_K <= limit))
+        if len(bad_K) == 0:
+            return
+        first = int(bad_K[0])
+        guilty = {n: float(x) for n, x in zip(self.names, mean_KS[first], strict=True) if not (x <= limit)}
+        step = self.state.step - len(steps_KS2) + first + 1
+        raise TrainingError(
+            f"{self.task.name}: loss is {mean_K[first]:g} at epoch {self.state.epoch}, step {step} "
+            f"(by scenario: {guilty}; train.max_loss is {limit:g}); "
+            f"lower train.learning_rate (now {self.train.learning_rate}); "
+            f"last good checkpoint: {self.last_saved or 'none yet'}"
+        )
 
-    def _train_step(self, batch: Batch) -> torch.Tensor:
-        logit_B, norm_B = self.step_model(batch)
-        loss = nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B)
-        penalty = self.task.config.train.embedding_l2 * norm_B.mean()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        (loss + penalty).backward()
-        average_sparse_gradients(self.embeddings)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss.detach()
-
-    def _validate(self) -> list[float]:
-        counts = BinnedAuc(len(self.scenario_names))
-        self.model.eval()
-        with torch.inference_mode():
-            rows = read_share(self.valid_groups, VALID_BATCH_SIZE, self.rank, self.world_size)
-            for batch in prefetch(rows, self._collate):
-                batch = batch.to(self.device)
-                logit_B, _ = self.model(batch)
-                counts.update(batch.scenario_B, batch.label_B, logit_B)
-        if self.world_size > 1:
-            total = counts.counts_S2C.to(self.device)
-            dist.all_reduce(total)
-            counts.counts_S2C = total.cpu()
-        auc_S = counts.compute()
-        missing = [name for name, value in zip(self.scenario_names, auc_S, strict=True) if math.isnan(value)]
+    def _check_defined(self, auc_S: list[float]) -> None:
+        missing = [name for name, value in zip(self.names, auc_S, strict=True) if math.isnan(value)]
         if missing:
             raise TrainingError(
                 f"valid has no rows of both labels in {missing}: AUC is not defined there; move data.split's thresholds"
             )
-        return auc_S
 
-    def _mean(self, value: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.world_size
-        return value
+    def _finish_epoch(self, metrics: dict[str, Any]) -> None:
+        state, trainer = self.state, self.trainer
+        if state.best_auc is None or metrics["valid_auc"] > state.best_auc:
+            state.best_auc, state.best_epoch = metrics["valid_auc"], state.epoch
+            weights = trainer.model_state()
+            if trainer.rank == 0:
+                state.best_file = save_best(self.task.training_uri, state.epoch, weights)
+        state.history.append(metrics)
+        state.epoch, state.epoch_step = state.epoch + 1, 0
+        state.sums_S2 = [[0.0, 0.0] for _ in self.names]
+        self._save()
 
-    def _check(self, loss: torch.Tensor, epoch: int) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"{self.task.name}: loss is {float(loss)} at epoch {epoch}, step {self.step}; "
-                f"lower train.learning_rate (now {self.task.config.train.learning_rate})"
-            )
+    def _save(self) -> None:
+        """Writes a checkpoint of the running training; all workers call it."""
+        self.state.seconds = self.seconds()
+        model, optimizer = self.trainer.model_state(), self.trainer.optimizer_state()
+        if self.trainer.rank == 0:
+            uri, keep = self.task.training_uri, self.train.num_to_keep
+            self.last_saved = save_state(uri, self.state, model, optimizer, keep)
+            if self.log:
+                self.log.flush()
+
+    def _log_epoch(self, metrics: dict[str, Any]) -> None:
+        if self.log is None:
+            return
+        by_scenario = {
+            f"valid/{name}_{scenario}": value
+            for name in ("auc", "gauc", "log_loss")
+            for scenario, value in metrics[f"valid_{name}_by_scenario"].items()
+            if value is not None
+        }
+        scalars = {
+            "epoch/loss": metrics["loss"],
+            "epoch/rows_per_s": metrics["rows_per_s"],
+            "epoch/data_wait_s": metrics["data_wait_s"],
+            "valid/auc_mean": metrics["valid_auc"],
+        }
+        self.log.write(self.state.step, scalars | by_scenario)
+        logger.info(
+            "%s epoch %d: loss %.4f, valid AUC %s, %s rows/s",
+            self.task.name,
+            metrics["epoch"],
+            metrics["loss"],
+            " ".join(f"{name} {value:.4f}" for name, value in metrics["valid_auc_by_scenario"].items()),
+            f"{metrics['rows_per_s']:,}",
+        )
+
+    def _named(self, values_S: Any) -> dict[str, float | None]:
+        pairs = zip(self.names, values_S, strict=True)
+        return {name: None if math.isnan(value) else float(value) for name, value in pairs}
 
 
-class _Scalars:
-    """TensorBoard scalars below run_uri/tensorboard; a remote place gets them when the run ends."""
-
-    def __init__(self, run_uri: str) -> None:
-        self.uri = storage.join(run_uri, "tensorboard")
-        storage.remove(self.uri)
-        self.folder = None if storage.is_local(self.uri) else tempfile.TemporaryDirectory()
-        self.writer = SummaryWriter(self.folder.name if self.folder else str(storage.local_path(self.uri)))
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.folder:
-            for path in sorted(Path(self.folder.name).iterdir()):
-                storage.copy(str(path), storage.join(self.uri, path.name))
-            self.folder.cleanup()
+def step_seed(seed: int, epoch: int, epoch_step: int, rank: int) -> int:
+    """Returns the seed of one worker's random numbers (dropout) in one step: a resumed step draws them again."""
+    return int(np.random.SeedSequence((seed, epoch, epoch_step, rank)).generate_state(1, np.uint64)[0] >> 1)

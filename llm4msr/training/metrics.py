@@ -1,24 +1,16 @@
-"""Metrics per scenario: exact ones for evaluation, mergeable counts for validation between epochs.
+"""Exact metrics per scenario, of all scores of a split at once.
 
-Exact metrics take all scores of a split at once. During training each worker counts scores in fine bins; counts are
-added over workers, never averaged, so any number of workers gives one result.
+Counts that workers add while training are in `llm4msr.training.counts`.
 
-Axes: R rows, S scenarios, C bins.
+Axes: R rows, U groups of rows (users), T ties: runs of rows of one group and one score.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import torch
 
 from llm4msr.schema import ALL_SCENARIOS
 
-# Bins over asinh(logit): rows of one bin count as tied. 0.0003 wide around logit 0, wider outwards, up to 10,000: an
-# overconfident model's logits keep their order too.
-NUM_BINS = 65_536
-ASINH_RANGE = math.asinh(1e4)
 SCORE_EPSILON = 1e-7
 
 
@@ -38,24 +30,37 @@ def gauc(label_R: np.ndarray, score_R: np.ndarray, user_R: np.ndarray) -> float:
 
     Users without both classes have no AUC and are left out; NaN where that leaves none.
     """
-    order_R = np.lexsort((score_R, user_R))
-    user_R, label_R, score_R = user_R[order_R], label_R[order_R].astype(np.int64), score_R[order_R]
-    first_U = np.flatnonzero(np.r_[True, user_R[1:] != user_R[:-1]])
-    count_U = np.diff(np.r_[first_U, len(user_R)])
-    positives_U = np.add.reduceat(label_R, first_U) if len(first_U) else np.zeros(0, np.int64)
-    # Ranks within the user: position minus the user's start, ties (same user, same score) averaged.
-    new_R = np.r_[True, (user_R[1:] != user_R[:-1]) | (score_R[1:] != score_R[:-1])]
-    start_T = np.flatnonzero(new_R)
-    size_T = np.diff(np.r_[start_T, len(user_R)])
-    rank_R = np.repeat(start_T + (size_T + 1) / 2, size_T) - np.repeat(first_U, count_U)
-    rank_sum_U = np.add.reduceat(rank_R * label_R, first_U) if len(first_U) else np.zeros(0)
-    negatives_U = count_U - positives_U
-    both_U = (positives_U > 0) & (negatives_U > 0)
-    if not both_U.any():
-        return float("nan")
-    p_U, n_U = positives_U[both_U], negatives_U[both_U]
+    _, auc_U, rows_U = auc_by_group(label_R, score_R, user_R)
+    return float(np.average(auc_U, weights=rows_U)) if len(auc_U) else float("nan")
+
+
+def auc_by_group(
+    label_R: np.ndarray, score_R: np.ndarray, group_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the exact AUC within each group of rows that has both classes, ties counted half.
+
+    Returns:
+        group_U: Names of the groups, ascending; those without both classes are left out.
+        auc_U: AUC of each.
+        rows_U: Rows of each.
+    """
+    order_R = np.lexsort((score_R, group_R))
+    group_R, label_R, score_R = group_R[order_R], label_R[order_R].astype(np.int64), score_R[order_R]
+    is_first_R = np.ones(len(group_R), bool)
+    is_first_R[1:] = group_R[1:] != group_R[:-1]
+    first_U = np.flatnonzero(is_first_R)
+    rows_U = np.diff(np.r_[first_U, len(group_R)])
+    # Ranks within the group: position minus the group's start, averaged over ties.
+    is_first_R[1:] |= score_R[1:] != score_R[:-1]
+    first_T = np.flatnonzero(is_first_R)
+    rows_T = np.diff(np.r_[first_T, len(group_R)])
+    rank_R = np.repeat(first_T + (rows_T + 1) / 2, rows_T) - np.repeat(first_U, rows_U)
+    positives_U = np.add.reduceat(label_R, first_U)
+    rank_sum_U = np.add.reduceat(rank_R * label_R, first_U)
+    both_U = (positives_U > 0) & (positives_U < rows_U)
+    p_U, n_U = positives_U[both_U], (rows_U - positives_U)[both_U]
     auc_U = (rank_sum_U[both_U] - p_U * (p_U + 1) / 2) / (p_U * n_U)
-    return float(np.average(auc_U, weights=count_U[both_U]))
+    return group_R[first_U[both_U]], auc_U, rows_U[both_U]
 
 
 def log_loss(label_R: np.ndarray, score_R: np.ndarray) -> float:
@@ -114,28 +119,3 @@ def scenario_rows(
             }
         )
     return rows
-
-
-class BinnedAuc:
-    """AUC per scenario from counts of positives and negatives in bins of the logit.
-
-    The counts are one tensor: add it over workers, then read. Against the exact AUC the error is at most half the
-    share of (positive, negative) pairs that fall into one bin.
-    """
-
-    def __init__(self, num_scenarios: int) -> None:
-        self.counts_S2C = torch.zeros(num_scenarios, 2, NUM_BINS, dtype=torch.int64)
-
-    def update(self, scenario_B: torch.Tensor, label_B: torch.Tensor, logit_B: torch.Tensor) -> None:
-        """Counts one batch."""
-        share_B = (logit_B.double().asinh() / ASINH_RANGE).clamp(-1, 1)
-        place_B = share_B.add(1).mul(NUM_BINS / 2).long().clamp(max=NUM_BINS - 1)
-        flat_B = (scenario_B * 2 + label_B.long()) * NUM_BINS + place_B
-        self.counts_S2C += torch.bincount(flat_B.cpu(), minlength=self.counts_S2C.numel()).view_as(self.counts_S2C)
-
-    def compute(self) -> list[float]:
-        """Returns the AUC of each scenario; NaN where a class is missing."""
-        negative_SC, positive_SC = self.counts_S2C.double().unbind(1)
-        below_SC = negative_SC.cumsum(1) - negative_SC / 2
-        pairs_S = positive_SC.sum(1) * negative_SC.sum(1)
-        return ((positive_SC * below_SC).sum(1) / pairs_S).tolist()

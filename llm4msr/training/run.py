@@ -1,25 +1,43 @@
-"""Runs of an experiment under Ray Train: which ones there are, where they go, and how one is started."""
+"""Runs of an experiment under Ray Train: which ones there are, where they go, and how one is started and stopped."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError, digest
 from llm4msr.knowledge.place import knowledge_uri
-from llm4msr.training.loop import TrainTask, train_worker
+from llm4msr.training.loop import train_worker
+from llm4msr.training.signals import sigterm_event
+from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
 
 logger = logging.getLogger("llm4msr.training")
 
-TRAIN_VERSION = 2  # part of a run's digest: with other code, a finished run is not the same run
+TRAIN_VERSION = 3  # part of a run's digest: with other code, a finished run is not the same run
+# What a run's result does not depend on, but for rounding and for which weights dropout hides.
+HOW_NOT_WHAT = {
+    "num_workers",
+    "cpus_per_worker",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "num_to_keep",
+    "max_failures",
+    "max_loss",
+}
+MOST_CPUS_BESIDE_GPU = 8
+STOP_POLL_S = 0.5
 
 
 def plan_runs(config: Config) -> list[TrainTask]:
@@ -50,7 +68,7 @@ def plan_runs(config: Config) -> list[TrainTask]:
                 "levels": levels,
                 "seed": seed,
                 "model": model,
-                "train": config.train.model_dump(mode="json", exclude={"log_every_steps"}),
+                "train": config.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
             }
             name = f"{config.model.backbone}-{knowledge}-seed{seed}-{digest(depends_on)[:8]}"
             run_uri = storage.join(workspace.runs_root(config), name)
@@ -59,52 +77,163 @@ def plan_runs(config: Config) -> list[TrainTask]:
 
 
 def train(task: TrainTask) -> dict[str, Any]:
-    """Trains one run, or finds it finished; returns its checkpoint's metadata.
+    """Trains one run, goes on with it, or finds it finished; returns its checkpoint's metadata.
 
-    Ray must be initialised. With 0 workers the loop runs in this process; otherwise in a DDP group of Ray Train.
+    Ray must be initialised. With 0 workers the loop runs in this process; otherwise in a DDP group of Ray Train, which
+    is started again from the last checkpoint when a worker dies. SIGTERM writes a checkpoint first.
 
     Raises:
         ConfigError: More workers are asked for than this machine can run.
         TrainingError: Training cannot go on.
-        ray.train.TrainingFailedError: A worker failed.
+        TrainingInterrupted: SIGTERM came.
+        ray.train.TrainingFailedError: Workers failed more often than ``train.max_failures``.
     """
     if storage.is_finished(task.checkpoint_uri):
         logger.info("%s: already trained", task.name)
+        storage.remove(task.training_uri)  # of a process that died between its last two lines
         return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
-    resources = ray.cluster_resources()
-    num_gpus = int(resources.get("GPU", 0))
-    num_workers = task.config.train.num_workers
-    if num_workers == "auto":
-        num_workers = num_gpus
-    limit, unit = (num_gpus, "GPUs") if num_gpus else (int(resources.get("CPU", 0)), "CPUs")
-    if num_workers > limit and not os.environ.get("RAY_ADDRESS"):
+    train_config = task.config.train
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    num_workers = num_gpus if train_config.num_workers == "auto" else train_config.num_workers
+    with sigterm_event() as stop:
+        if num_workers == 0:
+            if task.config.model.embedding_sharding == "sharded":
+                raise ConfigError("model.embedding_sharding = 'sharded' needs train.num_workers of at least 1, found 0")
+            torch.set_num_threads(_cpus(train_config.cpus_per_worker, 1, 0))
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return train_worker(task, 0, 1, device, lambda metrics: None, stop.is_set)
+        return _train_group(task, num_workers, num_gpus, stop)
+
+
+def _train_group(
+    task: TrainTask, num_workers: int | tuple[int, int], num_gpus: int, stop: threading.Event
+) -> dict[str, Any]:
+    fewest, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
+    limit, unit = (num_gpus, "GPUs") if num_gpus else (int(ray.cluster_resources().get("CPU", 0)), "CPUs")
+    if fewest > limit and not os.environ.get("RAY_ADDRESS"):
         # A cluster may grow; this machine does not, and Ray Train would wait for the missing workers for ever.
-        raise ConfigError(f"train.num_workers: {num_workers} workers need as many {unit}, this machine has {limit}")
-    if num_workers == 0:
-        # One processor is left to the thread that collates batches; on a busy machine more threads only wait.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    filesystem, path = storage.arrow_filesystem(storage.join(task.run_uri, "ray"))
-    result = TorchTrainer(
-        _worker,
-        train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=num_gpus > 0),
-        run_config=RunConfig(name=task.name, storage_path=path, storage_filesystem=filesystem),
-    ).fit()
-    storage.remove(storage.join(task.run_uri, "ray"))  # Ray Train's own records
-    return result.return_value
+        raise ConfigError(f"train.num_workers: {fewest} workers need as many {unit}, this machine has {limit}")
+    if most > task.config.train.num_lanes:
+        raise ConfigError(
+            f"train.num_lanes: {task.config.train.num_lanes} lanes are too few for {most} workers (one per GPU); "
+            f"set train.num_lanes to {most}"
+        )
+    cpus = _cpus(task.config.train.cpus_per_worker, most, num_gpus)
+    scratch = storage.join(task.run_uri, "ray")
+    filesystem, path = storage.arrow_filesystem(scratch)
+    flag = _StopFlag.remote()
+    with _forwarded(stop, flag):
+        result = TorchTrainer(
+            _worker,
+            train_loop_config={"task": task, "flag": flag, "num_threads": cpus},
+            torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu=num_gpus > 0, resources_per_worker={"CPU": cpus}
+            ),
+            # A name of its own: Ray Train would take up the records of an earlier start under the same name.
+            run_config=RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=task.config.train.max_failures),
+            ),
+        ).fit()
+    storage.remove(scratch)  # Ray Train's own records
+    outcome = result.return_value
+    for kind in (TrainingError, TrainingInterrupted):
+        if kind.__name__ in outcome:
+            raise kind(outcome[kind.__name__])
+    return outcome
+
+
+def _cpus(configured: int | str, num_workers: int, num_gpus: int) -> int:
+    """Returns the processors of each worker: the most that let all workers fit on the nodes that are there now."""
+    if configured != "auto":
+        return configured
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    most = max([*nodes, 1])
+    fitting = [c for c in range(1, most + 1) if sum(node // c for node in nodes) >= num_workers]
+    return min(max([*fitting, 1]), MOST_CPUS_BESIDE_GPU if num_gpus else most)
+
+
+@ray.remote(num_cpus=0)
+class _StopFlag:
+    """Tells the workers that the driver was asked to stop."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+    def set(self) -> None:
+        self.value = True
+
+    def get(self) -> bool:
+        return self.value
+
+
+@contextmanager
+def _forwarded(stop: threading.Event, flag: Any) -> Iterator[None]:
+    """Sets the flag once the event is set: by a thread, because a signal handler must not call Ray."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if stop.wait(STOP_POLL_S):
+                ray.get(flag.set.remote())
+                return
+
+    thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    # In a worker process this makes the epochs' lines visible; in process the job has done so already.
+    # In a worker process this makes the epochs' lines visible.
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats each epoch's metrics
+    torch.set_num_threads(loop_config["num_threads"])
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
-    return train_worker(
-        loop_config["task"],
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=device,
-        report=lambda metrics: ray.train.report(metrics),
-    )
+    try:
+        return train_worker(
+            loop_config["task"],
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            report=lambda metrics: ray.train.report(metrics),
+            should_stop=_polled(loop_config["flag"]),
+            preempted=_Preempted(),
+        )
+    except (TrainingError, TrainingInterrupted) as error:
+        # All workers end here together. Raised, it would be a failure that Ray Train answers with another start.
+        return {type(error).__name__: str(error)}
+
+
+def _polled(flag: Any) -> Callable[[], bool]:
+    """Returns a question about the flag that costs nothing: a thread asks."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        pause = threading.Event()
+        while not stop.is_set():
+            if ray.get(flag.get.remote()):
+                stop.set()
+            pause.wait(STOP_POLL_S)
+
+    threading.Thread(target=poll, name="stop-poll", daemon=True).start()
+    return stop.is_set
+
+
+class _Preempted:
+    """Whether Ray Train announced that a node will be taken away; true once per announcement."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def __call__(self) -> bool:
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.known if info is not None else set()
+        self.known |= new
+        return bool(new)

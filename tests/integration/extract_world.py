@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from unit.endpoint_server import WIDTH, vector_of
@@ -32,7 +20,6 @@ from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.schema import Feature, FeatureSchema, Scenario, feature_table_schema, rows_schema
 from llm4msr.settings import config_from_dict
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = FeatureSchema(
     (Scenario("search", "users type a query"), Scenario("feed", "an endless list")),
     (Feature("user_id", "categorical", "user", 9), Feature("item_id", "categorical", "item", 9)),
@@ -116,21 +103,6 @@ def make_config(root: str, url: str, **knowledge: Any) -> Config:
     return config_from_dict(recipe(root, url, **knowledge))
 
 
-def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
-    """Writes a tree as TOML: its plain values are written as in JSON."""
-
-    def lines(section: str, values: dict[str, Any]) -> Iterator[str]:
-        if section:
-            yield f"[{section}]"
-        yield from (f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict))
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from lines(f"{section}.{key}".strip("."), value)
-
-    path.write_text("\n".join(lines("", tree)) + "\n")
-    return path
-
-
 def summary(uri: str) -> dict[str, Any]:
     return storage.read_json(storage.join(uri, "summary.json"))
 
@@ -174,105 +146,3 @@ def check_table(uri: str, failed: Sequence[str] = ()) -> KnowledgeTable:
     np.testing.assert_array_equal(table.user_index_N > 0, given["user"])
     np.testing.assert_array_equal(table.item_index_N > 0, given["item"])
     return table
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Waits until something is true and returns it; fails after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
-        time.sleep(0.2)
-    return found
-
-
-class Job:
-    """``python -m jobs.extract`` as a process of its own, and all processes that belong to it.
-
-    Every process that it starts inherits RAY_TMPDIR, by which it is found however it is re-parented or renamed.
-    """
-
-    def __init__(self, recipe_path: Path, project: Path = REPOSITORY, **environment: str) -> None:
-        # Unix socket names are limited to about 100 bytes.
-        self._folder = tempfile.mkdtemp(prefix="k", dir="/tmp")
-        self.log = Path(self._folder) / "log"
-        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with self.log.open("w") as log:
-            self.driver = psutil.Popen(
-                [sys.executable, "-m", "jobs.extract", "--config", str(recipe_path)],
-                cwd=project,
-                env=inherited | {"RAY_TMPDIR": self._folder, "PYTHONPATH": str(project)} | environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def running(self) -> bool:
-        return self.driver.poll() is None
-
-    def processes(self) -> list[psutil.Process]:
-        """The driver first, then everything of its Ray that lives."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid != self.driver.pid and process.environ().get("RAY_TMPDIR") == self._folder:
-                    found.append(process)
-        return ([self.driver] if self.running() else []) + found
-
-    def named(self, kind: str) -> list[psutil.Process]:
-        """Its living processes of one kind: driver, actor, raylet, everything."""
-        processes = self.processes()
-        if kind == "everything":
-            return processes
-        if kind == "driver":
-            return processes[:1] if self.running() else []
-        return titled({"actor": "EncodeUnit", "raylet": "/raylet/raylet"}[kind], processes)
-
-    def kill(self, kind: str, chance: random.Random) -> None:
-        """Sends SIGKILL: to one actor, or to all processes of another kind in any order."""
-        found = self.named(kind)
-        assert found, f"no {kind} to kill:\n{self.log.read_text()}"
-        for process in [chance.choice(found)] if kind == "actor" else chance.sample(found, len(found)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-
-    def wait(self, timeout_s: float = 120.0) -> int:
-        """Waits for the driver to end and returns its exit status."""
-        return self.driver.wait(timeout_s)
-
-    def clean(self) -> None:
-        """Kills what is left of it, by process id, and removes its folder."""
-        end = time.monotonic() + 30
-        while left := self.processes():
-            assert time.monotonic() < end, left
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if self.running():
-                self.driver.wait(10)
-            time.sleep(0.05)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def titled(title: str, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those whose title or program has such a part; Ray names its workers after what they run."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            if title in (process.cmdline() or [""])[0]:
-                found.append(process)
-    return found
-
-
-@contextlib.contextmanager
-def started(recipe_path: Path, project: Path = REPOSITORY, **environment: str) -> Iterator[Job]:
-    """A running job; nothing of it is left afterwards."""
-    job = Job(recipe_path, project, **environment)
-    try:
-        yield job
-    finally:
-        job.clean()
-
-
-def run_job(recipe_path: Path, project: Path = REPOSITORY) -> tuple[int, str]:
-    """Runs the job to its end; returns its exit status and what it printed."""
-    with started(recipe_path, project) as job:
-        return job.wait(), job.log.read_text()

@@ -8,6 +8,7 @@ import re
 import shutil
 
 import extract_world as world
+import job_process as processes
 import pytest
 from extract_world import Row, World
 from unit.endpoint_server import Reply, Request, error, serve
@@ -78,10 +79,10 @@ def test_too_many_failures_end_the_job_early_and_the_rerun_does_the_rest(ray_clu
     root, settings = str(tmp_path / "ws"), {"max_error_fraction": 0.01, "openai": {"max_in_flight": 4}}
     config = world.make_config(root, server.url, **settings)
     world.write_prepared(config, "first", world.many_users(600))
-    path = world.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
+    path = processes.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
     server.reply = refusing(r"^User: reader \d*[02468]\.")
     server.delay_s = lambda _: 0.05
-    status, printed = world.run_job(path)
+    status, printed = processes.run_job("jobs.extract", path)
     assert status == 2 and "Traceback" not in printed
     assert re.search(
         r"python -m jobs\.extract: \d+ of 596 prompts have no vector; the first: user \d+: .*400: cannot read this"
@@ -187,14 +188,14 @@ def test_another_prompt_version_makes_new_keys(ray_cluster, tmp_path, server):
     before = {prompt["key"] for prompt in world.prompts(extract(config))}
     # The project as it will be when PROMPT_VERSION is raised, in all its processes.
     for package in ("llm4msr", "jobs"):
-        shutil.copytree(world.REPOSITORY / package, tmp_path / "later" / package)
+        shutil.copytree(processes.REPOSITORY / package, tmp_path / "later" / package)
     wording = tmp_path / "later" / "llm4msr" / "knowledge" / "prompts.py"
     text, number = re.subn(r"(?m)^PROMPT_VERSION = .*$", "PROMPT_VERSION = 10_000", wording.read_text())
     assert number == 1
     wording.write_text(text)
-    path = world.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
+    path = processes.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
     num_requests = len(server.requests)
-    status, printed = world.run_job(path, project=tmp_path / "later")
+    status, printed = processes.run_job("jobs.extract", path, project=tmp_path / "later")
     assert status == 0, printed
     assert len(sent(server, num_requests)) == len(before)
     (uri,) = re.findall(r"users in (\S+):", printed)

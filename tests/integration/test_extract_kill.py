@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import extract_world as world
+import job_process as processes
 import psutil
 import pytest
 from unit.endpoint_server import EndpointServer, serve, vector_of
@@ -31,7 +32,8 @@ from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.settings import config_from_dict
 
 NUM_USERS, ROWS_PER_COMMIT, NUM_ACTORS = 480, 16, 2
-KILLS = ("driver", "actor", "actor", "raylet", "everything")
+ACTOR = "EncodeUnit"
+KILLS = ("driver", ACTOR, ACTOR, "raylet", "everything")
 REQUEST_S = 0.5  # two requests at once are one unit
 MAX_DELAY_S = 1.5  # from the first commit to the kill
 
@@ -58,7 +60,7 @@ def test_killed_at_five_moments(place, ray_cluster, tmp_path, server, chance, re
     settings = {"num_actors": NUM_ACTORS, "rows_per_commit": ROWS_PER_COMMIT, "openai": {"max_in_flight": 2}}
     config = world.make_config(root, server.url, **settings)
     world.write_prepared(config, "first", world.many_users(NUM_USERS))
-    path = world.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
+    path = processes.write_recipe(tmp_path / "recipe.toml", world.recipe(root, server.url, **settings))
     committed = run_until_finished(path, config, kills, chance)
     num_units = check_store(config)
     world.check_table(knowledge_uri(config))
@@ -76,10 +78,10 @@ def run_until_finished(path: Path, config: Config, kills: list[str], chance: ran
     committed = []
     waiting = list(kills)
     while True:
-        with world.started(path) as job:
+        with processes.started("jobs.extract", path) as job:
             while waiting:
                 before = len(world.part_files(config))
-                world.wait_until(
+                processes.wait_until(
                     lambda n=before, j=job: len(world.part_files(config)) > n or not j.running(), 90, "work"
                 )
                 assert job.running(), f"it ended before it was killed:\n{job.log.read_text()}"
@@ -88,7 +90,7 @@ def run_until_finished(path: Path, config: Config, kills: list[str], chance: ran
                 job.kill(kind, chance)
                 committed.append(len(world.part_files(config)))
                 print(f"killed {kind} after {committed[-1]} commits")
-                if kind != "actor":
+                if kind != ACTOR:
                     leave_half_a_part(config)
                     break
             else:
@@ -133,8 +135,8 @@ def killing(title: str, config: Config) -> Iterator[None]:
     """Kills one of this session's Ray processes with such a title once there are two commits."""
 
     def kill() -> None:
-        world.wait_until(lambda: len(world.part_files(config)) >= 2, 90, "the first commits")
-        world.titled(title, psutil.Process().children(recursive=True))[0].kill()
+        processes.wait_until(lambda: len(world.part_files(config)) >= 2, 90, "the first commits")
+        processes.titled(title, psutil.Process().children(recursive=True))[0].kill()
 
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(kill)
@@ -182,17 +184,19 @@ def test_a_lost_node_costs_its_units_only(tmp_path, server, monkeypatch):
     settings = {"num_actors": [1, 2], "cpus_per_actor": 1, "openai": {"max_in_flight": 2}}
     config = world.make_config(str(tmp_path / "ws"), server.url, **settings)
     world.write_prepared(config, "first", world.many_users(400))
-    path = world.write_recipe(tmp_path / "recipe.toml", world.recipe(config.workspace_uri, server.url, **settings))
-    monkeypatch.setenv("PYTHONPATH", str(world.REPOSITORY))  # of the second node's workers
+    path = processes.write_recipe(tmp_path / "recipe.toml", world.recipe(config.workspace_uri, server.url, **settings))
+    monkeypatch.setenv("PYTHONPATH", str(processes.REPOSITORY))  # of the second node's workers
     folder = tempfile.mkdtemp(prefix="n", dir="/tmp")  # Unix socket names are limited to about 100 bytes
     cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder})
     try:
         lost = cluster.add_node(num_cpus=1)
         raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
-        with world.started(path, RAY_ADDRESS=cluster.address) as job:
-            world.wait_until(lambda: len(world.part_files(config)) >= 4 or not job.running(), 90, "the first commits")
+        with processes.started("jobs.extract", path, RAY_ADDRESS=cluster.address) as job:
+            processes.wait_until(
+                lambda: len(world.part_files(config)) >= 4 or not job.running(), 90, "the first commits"
+            )
             assert job.running(), job.log.read_text()
-            assert world.titled("EncodeUnit", raylet.children())
+            assert processes.titled("EncodeUnit", raylet.children())
             cluster.remove_node(lost, allow_graceful=False)
             status = job.wait(200)
             assert status == 0, job.log.read_text()

@@ -133,10 +133,10 @@ def test_foreign_and_reserved_variables_are_left_alone():
 
 
 def test_flags_win_over_environment_over_file(tmp_path):
-    toml = 'workspace_uri = "file"\n[train]\nbatch_size = 10\nmax_epochs = 10\npatience = 10'
+    toml = 'workspace_uri = "file"\n[train]\nbatch_size = 16\nmax_epochs = 10\npatience = 10'
     env = {"LLM4MSR_TRAIN__MAX_EPOCHS": "20", "LLM4MSR_TRAIN__PATIENCE": "20"}
     config = load("--train.patience=30", env=env, toml=toml, folder=tmp_path)
-    assert (config.workspace_uri, config.train.batch_size) == ("file", 10)
+    assert (config.workspace_uri, config.train.batch_size) == ("file", 16)
     assert (config.train.max_epochs, config.train.patience) == (20, 30)
     assert config.train.learning_rate == load().train.learning_rate
 
@@ -149,8 +149,8 @@ def test_one_key_wins_over_its_section_whatever_the_order():
 
 
 def test_the_process_environment_is_read_when_none_is_given(monkeypatch):
-    monkeypatch.setenv("LLM4MSR_TRAIN__BATCH_SIZE", "77")
-    assert load_config([]).train.batch_size == 77
+    monkeypatch.setenv("LLM4MSR_TRAIN__BATCH_SIZE", "80")
+    assert load_config([]).train.batch_size == 80
     assert config_from_dict({}).train.batch_size == 2048  # a saved configuration is read as it was saved
 
 
@@ -293,8 +293,27 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
             "data: split.kind = 'time' needs table.timestamp_column",
         ),
         (
-            ["--train.batch_size=10", "--train.num_workers=4"],
-            "train: batch_size 10 is not divisible by num_workers 4",
+            ["--train.batch_size=100", "--train.accumulate_steps=2"],
+            "train: batch_size 100 is not divisible by num_lanes x accumulate_steps = 8 x 2 = 16; the nearest that is: 96",
+        ),
+        (
+            ["--train.num_workers=3"],
+            "train: num_lanes 8 is not divisible by num_workers 3: workers would take unequal parts of each step; "
+            "set num_lanes to 9",
+        ),
+        (["--train.num_workers=[1, 16]"], "train: num_lanes 8 is less than the 16 workers of num_workers: "),
+        (["--train.num_workers=[3, 2]"], "train: num_workers = [3, 2]: the first is the fewest, the second the most"),
+        (
+            ["--model.embedding_sharding=sharded"],
+            "model.embedding_sharding = 'sharded' needs train.embedding_optimizer 'rowwise_adagrad', found 'adam'",
+        ),
+        (
+            [
+                "--model.embedding_sharding=sharded",
+                "--train.embedding_optimizer=rowwise_adagrad",
+                "--train.num_workers=0",
+            ],
+            "model.embedding_sharding = 'sharded' needs train.num_workers workers of Ray Train, found 0",
         ),
         (["--experiment.seeds=[1, 1]"], "experiment: seeds = [1, 1]: give at least one value, each once"),
         (["--experiment.knowledge=[]"], "experiment: knowledge = []: give at least one value, each once"),
@@ -311,6 +330,7 @@ def test_what_the_cross_field_checks_allow():
     load("--data.split.valid_from=2023-05-28", "--data.split.test_from=2023-05-29")
     load("--data.kind=table", "--data.raw_uri=r", "--data.table.position_column=p", "--data.split.kind=per_user_last")
     load("--train.batch_size=8", "--train.num_workers=4")
+    load("--train.num_workers=[1, 3]")  # unequal shares for a while beat no training
 
 
 # ---------------------------------------------------------------- the tree itself

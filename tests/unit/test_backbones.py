@@ -9,9 +9,14 @@ import torch
 
 from llm4msr.config import ModelConfig
 from llm4msr.models.backbones import BACKBONES, build_backbone
-from llm4msr.models.layers import ScenarioNorm, map_by_scenario, scenario_rows
+from llm4msr.models.layers import Dropout, ScenarioNorm, ScenarioRows
 
 CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(8, 6), tower_dims=(5,), dropout=0.2)
+
+
+def normalise(norm: ScenarioNorm, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
+    rows = ScenarioRows(scenario_B, len(norm.gamma_SD))
+    return rows.map(norm(rows.sort(x_BD), rows), lambda s, x: x)
 
 
 def build(name: str, num_scenarios: int = 3, **changes):
@@ -100,13 +105,13 @@ def test_star_multiplies_weights_and_adds_biases():
 def test_scenario_norm_by_hand():
     norm = ScenarioNorm(2, 1, momentum=0.5, eps=0.0)
     x_BD, scenario_B = torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1])
-    out = norm(x_BD, scenario_B)
+    out = normalise(norm, x_BD, scenario_B)
     # scenario 0: mean 2, variance 1; scenario 1 has one row and keeps the running mean 0 and variance 1
     torch.testing.assert_close(out, torch.tensor([[-1.0], [1.0], [10.0]]))
     torch.testing.assert_close(norm.mean_SD, torch.tensor([[1.0], [0.0]]))
     torch.testing.assert_close(norm.var_SD, torch.tensor([[1.5], [1.0]]))  # unbiased 2, half way from 1
     norm.eval()
-    torch.testing.assert_close(norm(x_BD, scenario_B)[:2], (x_BD[:2] - 1) / 1.5**0.5)
+    torch.testing.assert_close(normalise(norm, x_BD, scenario_B)[:2], (x_BD[:2] - 1) / 1.5**0.5)
 
 
 def test_scenario_norm_matches_batch_norm_per_scenario():
@@ -114,7 +119,7 @@ def test_scenario_norm_matches_batch_norm_per_scenario():
     norm, reference = ScenarioNorm(2, 4), [torch.nn.BatchNorm1d(4) for _ in range(2)]
     for _ in range(3):
         x_BD, scenario_B = torch.randn(64, 4) * 5 + 100, torch.arange(64) % 2
-        out = norm(x_BD, scenario_B)
+        out = normalise(norm, x_BD, scenario_B)
         for s in range(2):
             torch.testing.assert_close(out[scenario_B == s], reference[s](x_BD[scenario_B == s]), atol=1e-3, rtol=1e-3)
     for s in range(2):
@@ -122,10 +127,59 @@ def test_scenario_norm_matches_batch_norm_per_scenario():
         torch.testing.assert_close(norm.var_SD[s], reference[s].running_var, rtol=1e-3, atol=1e-3)
 
 
-def test_map_by_scenario_puts_rows_back():
+@pytest.mark.parametrize("counts", [(30, 25), (40, 1), (17, 0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_scenario_norm_gradient_is_autograd_of_the_formula(counts, training):
+    torch.manual_seed(0)
+    norm = ScenarioNorm(2, 3).double().train(training)
+    for tensor in (norm.gamma, norm.beta, norm.gamma_SD, norm.beta_SD, norm.mean_SD):
+        tensor.data.normal_()
+    scenario_B = torch.tensor([0] * counts[0] + [1] * counts[1])[torch.randperm(sum(counts))]
+    x_BD = torch.randn(len(scenario_B), 3, dtype=torch.float64, requires_grad=True)
+    target_BD = torch.randn_like(x_BD)
+    inputs = (x_BD, *norm.parameters())
+    expected_BD = torch.empty_like(x_BD)
+    for s, count in enumerate(counts):
+        rows_B = scenario_B == s
+        x = x_BD[rows_B]
+        batch = training and count >= 2
+        mean_D, var_D = (x.mean(0), x.var(0, correction=0)) if batch else (norm.mean_SD[s].clone(), norm.var_SD[s])
+        standard = (x - mean_D) / (var_D + norm.eps).sqrt()
+        expected_BD[rows_B] = standard * norm.gamma * norm.gamma_SD[s] + norm.beta + norm.beta_SD[s]
+    expected = torch.autograd.grad((expected_BD * target_BD).sum(), inputs)
+    out_BD = normalise(norm, x_BD, scenario_B)
+    torch.testing.assert_close(out_BD, expected_BD)
+    for ours, plain in zip(torch.autograd.grad((out_BD * target_BD).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_rows_are_sorted_by_scenario_and_put_back():
     x_BD, scenario_B = torch.arange(10.0).unsqueeze(1), torch.tensor([1, 0, 2, 1, 1, 0, 2, 2, 0, 1])
-    out = map_by_scenario(x_BD, scenario_rows(scenario_B, 4), lambda s, x: x.squeeze(1) * 10 + s)
-    torch.testing.assert_close(out, x_BD.squeeze(1) * 10 + scenario_B)
+    x_BD.requires_grad_()
+    rows = ScenarioRows(scenario_B, 4)
+    assert rows.sizes == [3, 4, 3, 0] == rows.count_S.tolist()
+    out = rows.map(rows.sort(x_BD), lambda s, x: x.squeeze(1) * 10**s + s)
+    torch.testing.assert_close(out, x_BD.squeeze(1) * 10**scenario_B + scenario_B)
+    out.sum().backward()
+    torch.testing.assert_close(x_BD.grad.squeeze(1), (10**scenario_B).float())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_a_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.ones(1001, 301, requires_grad=True)
+    out = dropout(x)
+    assert out.eq(0).float().mean().item() == pytest.approx(p, abs=0.005)
+    assert out.mean().item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(out[out > 0].mean().item(), 1 / (1 - p), rtol=1e-4, atol=0)
+    kept = out.detach().ne(0).float()
+    assert abs(torch.corrcoef(kept[:, :2].T)[0, 1]) < 0.1  # neighbours share a random number, not their fate
+    out.sum().backward()
+    assert torch.equal(x.grad, out)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), out)
+    assert not torch.equal(dropout(x), out)
+    assert dropout.eval()(x) is x
 
 
 def test_configuration_offers_exactly_these_backbones():

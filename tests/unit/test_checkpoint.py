@@ -15,6 +15,7 @@ from llm4msr import storage
 from llm4msr.knowledge.table import FILES
 from llm4msr.ranker import Ranker, RankRequest
 from llm4msr.training.checkpoint import load_checkpoint, save_checkpoint
+from llm4msr.training.tensors import write_tensors
 
 REQUEST = RankRequest(user=1003, scenario="search", items=[7000, 7004, 2**53 + 1, 5], context={"search_source": "box"})
 
@@ -71,7 +72,8 @@ class TestRoundTrip:
         first = load_checkpoint(str(checkpoint))
         again = str(tmp_path / "again")
 
-        save_checkpoint(again, first.config, prepared, first.knowledge, first.model.state_dict(), first.metadata)
+        write_tensors(str(tmp_path / "weights"), first.model.state_dict())
+        save_checkpoint(again, first.config, prepared, first.knowledge, str(tmp_path / "weights"), first.metadata)
 
         one, other = first.model.state_dict(), load_checkpoint(again).model.state_dict()
         assert one.keys() == other.keys()

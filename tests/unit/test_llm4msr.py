@@ -315,6 +315,43 @@ def test_score_alone_equals_score_in_a_batch(prepared, rows, tmp_path, backbone,
     assert together.std() > 0.005
 
 
+@pytest.mark.parametrize("backbone", ["star", "shared_bottom"])
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_bfloat16_autocast_is_close_to_float32(prepared, rows, backbone, form):
+    torch.manual_seed(0)
+    config = tiny_config(model={"backbone": backbone, "dropout": 0.0, "meta": {"weight_form": form}})
+    model = build_model(tiny_schema(), config.model, 8, True)
+    set_knowledge(model, tiny_knowledge(items=True))
+    batch = collator(prepared, tiny_knowledge(items=True))(rows)
+    model.eval()
+    exact_B = model(batch)[0].detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logit_B = model(batch)[0].detach()
+    assert logit_B.dtype == torch.bfloat16 or backbone == "star"
+    torch.testing.assert_close(logit_B.float(), exact_B, atol=0.05, rtol=0.05)
+    assert not torch.equal(logit_B.float(), exact_B)  # it did round
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logit_B = model(batch)[0]
+    logit_B.float().square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    for p in model.parameters():
+        assert p.grad.dtype == torch.float32
+        assert torch.isfinite(p.grad.to_dense()).all()
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_a_batch_without_rows_trains(prepared, rows, form):
+    model = build(items=True, weight_form=form)
+    batch = collator(prepared, tiny_knowledge(items=True))({k: v[:0] for k, v in rows.items()})
+    logit_B, norm_B = model(batch)
+    assert logit_B.shape == norm_B.shape == (0,)
+    logit_B.sum().backward()
+    dense = [p.grad for p in model.parameters() if p.grad is None or not p.grad.is_sparse]
+    assert all(gradient is not None and gradient.eq(0).all() for gradient in dense)
+
+
 def test_order_of_knowledge_rows_does_not_matter(prepared, rows, tmp_path):
     """The same vectors stored in another order, the index following, give the same scores."""
     table = moved = tiny_knowledge(items=True)

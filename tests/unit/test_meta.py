@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm4msr.models.meta import KnowledgeTrunk, MetaLayer, apply_full
+from llm4msr.models import meta
+from llm4msr.models.meta import KnowledgeTrunk, MetaLayer, SubjectRows
+
+
+def apply(layer: MetaLayer, x_BD: torch.Tensor, z_UZ: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
+    return layer(x_BD, z_UZ, SubjectRows(index_B, *z_UZ.shape))
 
 
 def per_row_loop(layer: MetaLayer, x_BD: torch.Tensor, z_UZ: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
@@ -27,7 +32,11 @@ def per_row_loop(layer: MetaLayer, x_BD: torch.Tensor, z_UZ: torch.Tensor, index
     [(64, 3), (64, 1), (17, 17), (64, 60), (1, 1)],
     ids=["few users", "one user", "all distinct", "mostly distinct", "one row"],
 )
-def test_meta_layer_equals_the_per_row_loop_with_gradients(weight_form, num_rows, num_users):
+@pytest.mark.parametrize("weights_at_once", [1, 200, 2**20], ids=["one by one", "some", "all at once"])
+def test_meta_layer_equals_the_per_row_loop_with_gradients(
+    weight_form, num_rows, num_users, weights_at_once, monkeypatch
+):
+    monkeypatch.setattr(meta, "CPU_WEIGHTS", weights_at_once)
     torch.manual_seed(0)
     layer = MetaLayer(trunk_dim=5, input_dim=12, output_dim=7, weight_form=weight_form, rank=4).double()
     x_BD = torch.randn(num_rows, 12, dtype=torch.float64, requires_grad=True)
@@ -36,10 +45,10 @@ def test_meta_layer_equals_the_per_row_loop_with_gradients(weight_form, num_rows
     target_BH = torch.randn(num_rows, 7, dtype=torch.float64)
 
     outputs, gradients = [], []
-    for function in (layer, lambda *args: per_row_loop(layer, *args)):
+    for function in (apply, per_row_loop):
         layer.zero_grad()
         x_BD.grad = z_UZ.grad = None
-        out_BH = function(x_BD, z_UZ, index_B)
+        out_BH = function(layer, x_BD, z_UZ, index_B)
         (out_BH * target_BH).sum().backward()
         outputs.append(out_BH.detach())
         gradients.append([x_BD.grad, z_UZ.grad, *(p.grad for p in layer.parameters())])
@@ -48,22 +57,29 @@ def test_meta_layer_equals_the_per_row_loop_with_gradients(weight_form, num_rows
         torch.testing.assert_close(ours, plain)
 
 
-def test_both_orders_of_the_sum_are_taken_and_agree(monkeypatch):
+@pytest.mark.parametrize("num_users", [1, 3, 100, 1000, 4096])
+@pytest.mark.parametrize("hidden_share", [0.0, 0.1, 0.9, 1.0])
+def test_slots_hold_every_row_with_little_padding_whatever_the_skew(num_users, hidden_share):
     torch.manual_seed(0)
-    head, bias = torch.randn(6 * 4, 3, dtype=torch.float64), torch.randn(6 * 4, dtype=torch.float64)
-    x_BD = torch.randn(40, 6, dtype=torch.float64)
-    batched, products = torch.bmm, []
-    monkeypatch.setattr(torch, "bmm", lambda *args: products.append(1) or batched(*args))
-    even, skewed = torch.arange(40) % 2, torch.cat([torch.zeros(20).long(), torch.arange(20)])
-    for index_B, z_UZ, grouped in (
-        (even, torch.randn(2, 3).double(), True),
-        (skewed, torch.randn(20, 3).double(), False),
-    ):
-        products.clear()
-        out = apply_full(x_BD, z_UZ, index_B, head, bias)
-        assert bool(products) is grouped
-        weight_UDH = (z_UZ @ head.T + bias).view(-1, 6, 4)
-        torch.testing.assert_close(out, torch.einsum("bd,bdh->bh", x_BD, weight_UDH[index_B]))
+    index_B = torch.randint(1, num_users + 1, (4096,))
+    index_B[torch.rand(4096) < hidden_share] = 0
+    rows = SubjectRows(index_B, num_users + 1, 32)
+    assert rows.place_B.unique().shape == index_B.shape  # a place each,
+    torch.testing.assert_close(rows.subject_N[rows.place_B // rows.length], index_B)  # in a slot of its subject
+    assert rows.num_slots == len(rows.subject_N)
+    # Multiplying padding and generating a weight more than once cost at most what is due anyway.
+    assert rows.num_slots * (rows.length + 32) <= 2 * (len(index_B) + 32 * len(index_B.unique()))
+
+
+@pytest.mark.parametrize("weight_form", ["full", "low_rank"])
+def test_no_rows_give_zero_gradients(weight_form):
+    layer = MetaLayer(5, 6, 4, weight_form, 3)
+    z_UZ = torch.randn(2, 5, requires_grad=True)
+    out_BH = apply(layer, torch.randn(0, 6), z_UZ, torch.zeros(0, dtype=torch.int64))
+    assert out_BH.shape == (0, 4)
+    out_BH.sum().backward()
+    for tensor in (z_UZ, *layer.parameters()):
+        assert tensor.grad.eq(0).all()
 
 
 def test_weight_is_what_forward_multiplies_with():
@@ -72,7 +88,7 @@ def test_weight_is_what_forward_multiplies_with():
         layer = MetaLayer(5, 6, 4, form, 3)
         x_BD, z_UZ, index_B = torch.randn(9, 6), torch.randn(2, 5), torch.arange(9) % 2
         expected = torch.einsum("bd,bdh->bh", x_BD, layer.weight(z_UZ)[index_B]) + layer.bias_head(z_UZ)[index_B]
-        torch.testing.assert_close(layer(x_BD, z_UZ, index_B), expected)
+        torch.testing.assert_close(apply(layer, x_BD, z_UZ, index_B), expected)
 
 
 def test_trunk_standardises_and_row_zero_is_learned():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
-from llm4msr.training.metrics import BinnedAuc, auc, calibration, gauc, log_loss, scenario_rows
+from llm4msr.training.metrics import auc, auc_by_group, calibration, gauc, log_loss, scenario_rows
 
 # Two users; three rows tie at 0.5.
 USER = np.array([1, 1, 1, 2, 2, 2, 3])
@@ -63,6 +62,13 @@ def test_against_scikit_learn(rows):
         assert np.isnan(gauc(label, score, user))
 
 
+def test_auc_by_group_names_the_groups_that_have_one():
+    group, by_group, rows = auc_by_group(LABEL, SCORE, USER)
+    assert group.tolist() == [1, 2] and by_group.tolist() == [1.0, 0.25] and rows.tolist() == [3, 3]
+    assert [len(column) for column in auc_by_group(LABEL[:0], SCORE[:0], USER[:0])] == [0, 0, 0]
+    assert np.isnan(gauc(LABEL[:0], SCORE[:0], USER[:0]))
+
+
 def test_scenario_rows_report_all_and_each():
     scenario = np.array([0, 0, 0, 1, 1, 1, 1])
     rows = scenario_rows(("rec", "search", "empty"), scenario, USER, LABEL, SCORE)
@@ -74,30 +80,3 @@ def test_scenario_rows_report_all_and_each():
     ]
     assert rows[1]["auc"] == 1.0
     assert rows[3]["auc"] is None and rows[3]["log_loss"] is None
-
-
-def test_binned_auc_is_exact_to_its_bound_and_merges_as_counts():
-    rng = np.random.default_rng(0)
-    logit = rng.normal(size=20_000).astype(np.float32)
-    label = (rng.random(20_000) < 1 / (1 + np.exp(-logit))).astype(np.float32)
-    scenario = rng.integers(0, 2, 20_000)
-    whole, parts = BinnedAuc(2), [BinnedAuc(2), BinnedAuc(2), BinnedAuc(2)]
-    tensors = [torch.from_numpy(a) for a in (scenario, label, logit)]
-    whole.update(*tensors)
-    for part, low, high in zip(parts, (0, 100, 9000), (100, 9000, 20_000), strict=True):  # unequal shares
-        part.update(*(t[low:high] for t in tensors))
-    merged = BinnedAuc(2)
-    merged.counts_S2C = sum(part.counts_S2C for part in parts)
-    assert merged.compute() == whole.compute()
-    for s in range(2):
-        exact = roc_auc_score(label[scenario == s], logit[scenario == s])
-        counts = whole.counts_S2C[s].double()
-        bound = float((counts[0] * counts[1]).sum() / (counts[0].sum() * counts[1].sum()) / 2)
-        assert abs(whole.compute()[s] - exact) <= bound < 1e-3
-
-
-def test_binned_auc_takes_logits_beyond_its_range():
-    counts = BinnedAuc(1)
-    logit_B = torch.tensor([99.0, -1e9, 15.9, 30.0, 31.0, 1e9])
-    counts.update(torch.zeros(6, dtype=torch.int64), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0]), logit_B)
-    assert counts.compute() == [7 / 8]  # of eight pairs only (15.9, 30) is in the wrong order
