@@ -294,7 +294,8 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
         ),
         (
             ["--train.batch_size=100", "--train.accumulate_steps=2"],
-            "train: batch_size 100 is not divisible by num_lanes x accumulate_steps = 8 x 2 = 16; the nearest that is: 96",
+            "train: batch_size 100 is not divisible by num_lanes x accumulate_steps = 8 x 2 = 16; "
+            "the nearest that is: 96",
         ),
         (
             ["--train.num_workers=3"],
@@ -305,7 +306,7 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
         (["--train.num_workers=[3, 2]"], "train: num_workers = [3, 2]: the first is the fewest, the second the most"),
         (
             ["--model.embedding_sharding=sharded"],
-            "model.embedding_sharding = 'sharded' needs train.embedding_optimizer 'rowwise_adagrad', found 'adam'",
+            "configuration: model.embedding_sharding = 'sharded' needs train.embedding_optimizer 'rowwise_adagrad', found 'adam'",
         ),
         (
             [
@@ -313,7 +314,7 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
                 "--train.embedding_optimizer=rowwise_adagrad",
                 "--train.num_workers=0",
             ],
-            "model.embedding_sharding = 'sharded' needs train.num_workers workers of Ray Train, found 0",
+            "configuration: model.embedding_sharding = 'sharded' needs train.num_workers workers of Ray Train, found 0",
         ),
         (["--experiment.seeds=[1, 1]"], "experiment: seeds = [1, 1]: give at least one value, each once"),
         (["--experiment.knowledge=[]"], "experiment: knowledge = []: give at least one value, each once"),
