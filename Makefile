@@ -9,7 +9,7 @@ PORT ?= 8000
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench lint clean
+.PHONY: help setup demo serve test test-slow bench lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +39,9 @@ test: $(INSTALLED) ## Run the linter and the whole test suite.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes each: a compiled model, a lost node.
+	$(BIN)/python -m pytest -m slow
 
 bench: $(INSTALLED) ## Run all benchmarks that fit this machine; print goal, measured, met.
 	$(BIN)/python -m benchmarks

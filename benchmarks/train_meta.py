@@ -26,7 +26,7 @@ from llm4msr.data.prepared import PreparedData
 NAME = "train_meta"
 BATCH_SIZE = 4096
 NUM_EPOCHS = 2
-ROWS_PER_USER = (1, 16, 32)
+ROWS_PER_USER = (1, 16)
 JUDGED_ROWS_PER_USER = 16
 WEIGHT_FORMS = ("low_rank", "full")
 
@@ -103,11 +103,11 @@ def side_name(form: str | None, rows_per_user: int) -> str:
 def main() -> int:
     """Runs the benchmark from the command line."""
     options = parser(NAME, __doc__.splitlines()[0])
-    options.add_argument("--num_rows", type=int, help="of train; default 1,000,000, short 60,000")
+    options.add_argument("--num_rows", type=int, help="of train; default 500,000, short 60,000")
     options.add_argument("--rounds", type=int, help="of each side; default 5, short 1")
     options.add_argument("--threads", type=int, default=default_threads(), help="of torch; default one core less")
     chosen = options.parse_args()
-    world = World(num_rows=chosen.num_rows or (60_000 if chosen.short else 1_000_000))
+    world = World(num_rows=chosen.num_rows or (60_000 if chosen.short else 500_000), num_users=5_000)
     rounds = chosen.rounds or (1 if chosen.short else 5)
     report(run(world, rounds, chosen.threads, "short form" if chosen.short else None), chosen.json)
     return 0

@@ -63,7 +63,9 @@ def config_of(side: Side) -> Config:
 
     tree = {"workspace_uri": "unused", **side.config}
     tree["experiment"] = {"knowledge": ["llm" if side.knowledge_uri else "none"]}
-    tree["train"] = {**tree.get("train", {}), "cpus_per_worker": side.threads}
+    # A worker of several processors leaves one to the thread that reads and collates.
+    cpus = side.threads + 1 if side.threads > 1 else 1
+    tree["train"] = {**tree.get("train", {}), "cpus_per_worker": cpus}
     return config_from_dict(tree)
 
 
@@ -138,12 +140,13 @@ def floor_here(side: Side) -> dict[str, Any]:
     from llm4msr.knowledge.table import KnowledgeTable
     from llm4msr.models.llm4msr import build_model, set_knowledge
     from llm4msr.training.sparse import embedding_parameters
+    from llm4msr.training.trainer import SPARSE_OPTIMIZERS
 
     torch.set_num_threads(side.threads)
     torch.manual_seed(0)
     config, prepared = config_of(side), PreparedData.open(side.prepared_uri)
     train = config.train
-    assert train.embedding_optimizer == "adam" and train.precision == "float32", train
+    assert train.precision == "float32" and train.accumulate_steps == 1, train
     knowledge = KnowledgeTable.load(side.knowledge_uri) if side.knowledge_uri else None
     batches = list(collated_batches(config, prepared, knowledge))
     model = build_model(prepared.schema, config.model, knowledge.width if knowledge else None, False)
@@ -153,7 +156,7 @@ def floor_here(side: Side) -> dict[str, Any]:
     dense = [p for name, p in model.named_parameters() if name not in tables]
     optimizers = [
         torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True),
-        torch.optim.SparseAdam(list(tables.values()), lr=train.learning_rate),
+        SPARSE_OPTIMIZERS[train.embedding_optimizer](tables.values(), lr=train.learning_rate),
     ]
     model.train()
     num_rows, rates = sum(map(len, batches)), []

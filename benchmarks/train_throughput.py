@@ -33,7 +33,7 @@ from llm4msr.data.prepared import PreparedData
 
 NAME = "train_throughput"
 BATCH_SIZE = 4096
-NUM_EPOCHS = 3
+NUM_EPOCHS = 2
 MODELS = {"star": ("star", False), "llm4msr(star)": ("star", True), "shared_bottom": ("shared_bottom", False)}
 FLOORS = ("star", "llm4msr(star)")
 PEER_GOALS = {"torch-rechub": 2.5, "fuxictr": 1.5}

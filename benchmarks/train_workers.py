@@ -72,10 +72,10 @@ def run(world: World, rounds: int, not_judged: str | None) -> Result:
 def main() -> int:
     """Runs the benchmark from the command line."""
     options = parser(NAME, __doc__.splitlines()[0])
-    options.add_argument("--num_rows", type=int, help="of train; default 1,000,000, short 60,000")
+    options.add_argument("--num_rows", type=int, help="of train; default 500,000, short 60,000")
     options.add_argument("--rounds", type=int, help="of each side; default 5, short 1")
     chosen = options.parse_args()
-    world = World(num_rows=chosen.num_rows or (60_000 if chosen.short else 1_000_000))
+    world = World(num_rows=chosen.num_rows or (60_000 if chosen.short else 500_000), num_users=5_000)
     rounds = chosen.rounds or (1 if chosen.short else 5)
     report(run(world, rounds, "short form" if chosen.short else None), chosen.json)
     return 0

@@ -6,6 +6,7 @@
 * knowledge/<digest>.json          names the directory that the last extract of this configuration finished
 * knowledge/<digest>/               prompts and knowledge table of one prepared data set
 * runs/<name>-<digest>/             one training run with its checkpoint
+* runs/tune-<digest>/               one search of jobs.tune: its trials, and best.toml
 * report.json                       the last pipeline's report
 """
 

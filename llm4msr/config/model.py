@@ -68,8 +68,8 @@ class TrainConfig(Section):
     """DDP workers of Ray Train; 0 = in process; [fewest, most]: as many as there is room for, changing while it runs.
     auto: one per GPU; without a GPU 0."""
     cpus_per_worker: PositiveInt | Auto = "auto"
-    """Processors of a worker, and threads of its torch. auto: as many as let all workers fit on the nodes that are
-    there (at most 8 beside a GPU)."""
+    """Processors of a worker: one reads and collates, the others are threads of torch; 1 does both. auto: as many as
+    let all workers fit on the nodes that are there (at most 8 beside a GPU)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Adam's learning rate for dense weights. Sensitive: search it (jobs.tune)."""
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -86,15 +86,16 @@ class Star(Backbone):
         x_BD = rows.sort(x_BD)
         if self.norm is not None:
             x_BD = self.norm(x_BD, rows)
-        return rows.map(x_BD, lambda s, x: self._star(s, x) + self._auxiliary(s, x))
+        # All scenarios' weights at once: their gradients are then stacked, not added up one scenario after another.
+        weights = [(shared.weight * own).unbind() for shared, own in zip(self.shared, self.weights_SHD, strict=True)]
+        biases = [(shared.bias + own).unbind() for shared, own in zip(self.shared, self.biases_SH, strict=True)]
 
-    def _star(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
-        for i, shared in enumerate(self.shared):
-            weight_HD = shared.weight * self.weights_SHD[i][s]
-            x_BD = nn.functional.linear(x_BD, weight_HD, shared.bias + self.biases_SH[i][s])
-            if i + 1 < len(self.shared):
-                x_BD = self.dropout(torch.relu(x_BD))
-        return x_BD.squeeze(1)
+        def star(s: int, x_BD: torch.Tensor) -> torch.Tensor:
+            for i, (weight_S, bias_S) in enumerate(zip(weights, biases, strict=True)):
+                x_BD = nn.functional.linear(x_BD if i == 0 else self.dropout(torch.relu(x_BD)), weight_S[s], bias_S[s])
+            return x_BD.squeeze(1)
+
+        return rows.map(x_BD, lambda s, x: star(s, x) + self._auxiliary(s, x))
 
     def _auxiliary(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
         """The auxiliary network on x beside scenario s's embedding, which only shifts the first layer's bias."""

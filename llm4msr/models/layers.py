@@ -51,8 +51,29 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(gradient, inverse_B, order_B), None, None
 
 
+class Order:
+    """The order of a batch's rows by their scenario, and the way back.
+
+    Args:
+        scenario_B: Rows of equal scenarios keep their order.
+    """
+
+    def __init__(self, scenario_B: torch.Tensor) -> None:
+        self._order_B = torch.argsort(scenario_B, stable=True)
+        self._place_B = torch.empty_like(self._order_B)
+        self._place_B[self._order_B] = torch.arange(len(scenario_B), device=scenario_B.device)
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of x sorted by scenario."""
+        return _Permute.apply(x, self._order_B, self._place_B)
+
+    def restore(self, sorted_x: torch.Tensor) -> torch.Tensor:
+        """Returns sorted rows in the batch's order."""
+        return _Permute.apply(sorted_x, self._place_B, self._order_B)
+
+
 class ScenarioRows:
-    """Where the rows of each scenario are in a batch.
+    """Where the rows of each scenario are in a batch. One that is sorted already, as the wrapper's, is not copied.
 
     Attributes:
         count_S: Rows of each scenario.
@@ -60,15 +81,15 @@ class ScenarioRows:
     """
 
     def __init__(self, scenario_B: torch.Tensor, num_scenarios: int) -> None:
-        self._order_B = torch.argsort(scenario_B, stable=True)
-        self._place_B = torch.empty_like(self._order_B)
-        self._place_B[self._order_B] = torch.arange(len(scenario_B), device=scenario_B.device)
         self.count_S = torch.bincount(scenario_B, minlength=num_scenarios)
-        self.sizes: list[int] = self.count_S.tolist()
+        num_descents = (scenario_B[1:] < scenario_B[:-1]).sum()
+        *sizes, num_descents = torch.cat([self.count_S, num_descents.view(1)]).tolist()
+        self.sizes: list[int] = sizes
+        self._order = Order(scenario_B) if num_descents else None
 
     def sort(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the rows of x sorted by scenario."""
-        return _Permute.apply(x, self._order_B, self._place_B)
+        return x if self._order is None else self._order.sort(x)
 
     def map(self, sorted_x: torch.Tensor, function: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Applies ``function(s, rows of scenario s)`` to sorted rows and returns the results in the batch's order.
@@ -77,7 +98,8 @@ class ScenarioRows:
         distributed training relies on.
         """
         parts = [function(s, part) for s, part in enumerate(sorted_x.split(self.sizes))]
-        return _Permute.apply(torch.cat(parts), self._place_B, self._order_B)
+        out = torch.cat(parts)
+        return out if self._order is None else self._order.restore(out)
 
 
 class _Normalise(torch.autograd.Function):

@@ -12,6 +12,7 @@ P width of the item projection.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from llm4msr.config import MetaConfig, ModelConfig
 from llm4msr.models.backbones import Backbone, build_backbone
 from llm4msr.models.embedding import FeatureEmbedding
-from llm4msr.models.layers import ScenarioRows
+from llm4msr.models.layers import Order, ScenarioRows
 from llm4msr.models.meta import KnowledgeTrunk, MetaLayer, SubjectRows
 from llm4msr.schema import FeatureSchema
 
@@ -99,15 +100,19 @@ class ScenarioMeta(nn.Module):
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
         z_SZ = self.trunk(self.knowledge_SK)
-        weights = [(layer.weight(z_SZ), layer.bias_head(z_SZ)) for layer in self.layers]
+        first, *rest = self.layers
+        weights = [first.own_part(z_SZ), *(layer.weight(z_SZ) for layer in rest)]
+        biases = [layer.bias_head(z_SZ) for layer in self.layers]
+        weights_of = list(zip(*(weight_SDH.unbind() for weight_SDH in weights), strict=True))
+        biases_of = list(zip(*(bias_SH.unbind() for bias_SH in biases), strict=True))
 
         def stack(s: int, x_BD: torch.Tensor) -> torch.Tensor:
-            for i, (weight_SDH, bias_SH) in enumerate(weights):
-                x_BD = torch.addmm(bias_SH[s], x_BD if i == 0 else nn.functional.gelu(x_BD), weight_SDH[s])
+            for i, (weight_DH, bias_H) in enumerate(zip(weights_of[s], biases_of[s], strict=True)):
+                x_BD = torch.addmm(bias_H, x_BD if i == 0 else nn.functional.gelu(x_BD), weight_DH)
             return x_BD.squeeze(1)
 
         rows = ScenarioRows(scenario_B, len(z_SZ))
-        return rows.map(rows.sort(x_BD), stack)
+        return rows.map(rows.sort(first.shared_part(x_BD)), stack)
 
 
 class MultiScenarioModel(nn.Module):
@@ -138,6 +143,8 @@ class MultiScenarioModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logit_B, and the squared norm of each row's embeddings (B,) for their penalty."""
+        order = Order(batch.scenario_B)
+        batch = _sort(batch, order)  # its few ids, so that whatever follows finds each scenario's rows together
         x_BD = self.embedding(batch)
         norm_B = x_BD[:, : self.embedding.embedded_dim].square().sum(1)
         if self.item_knowledge is not None:
@@ -148,7 +155,24 @@ class MultiScenarioModel(nn.Module):
         logit_B = self.backbone(x_BD, batch.scenario_B)
         if self.scenario_meta is not None:
             logit_B = logit_B + self.scenario_meta(x_BD, batch.scenario_B)
-        return logit_B, norm_B
+        return order.restore(logit_B), order.restore(norm_B)
+
+
+def _sort(batch: Batch, order: Order) -> Batch:
+    """Returns the batch with what the model reads of a row sorted by scenario."""
+
+    def sort(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor if tensor is None else order.sort(tensor)
+
+    return replace(
+        batch,
+        ids_BF=sort(batch.ids_BF),
+        numeric_BN=sort(batch.numeric_BN),
+        sequences=tuple(map(sort, batch.sequences)),
+        scenario_B=sort(batch.scenario_B),
+        knowledge_index_B=sort(batch.knowledge_index_B),
+        item_knowledge_index_B=sort(batch.item_knowledge_index_B),
+    )
 
 
 def build_model(

@@ -89,19 +89,29 @@ class MetaLayer(nn.Module):
 
     def forward(self, x_BD: torch.Tensor, z_UZ: torch.Tensor, rows: SubjectRows) -> torch.Tensor:
         """Applies to each row the layer generated from its subject's z; returns (B, H)."""
-        z_NZ = z_UZ.index_select(0, rows.subject_N)
+        bias_BH = self.bias_head(z_UZ).index_select(0, rows.index_B)
         if self.full:
-            out_BH = rows.multiply(x_BD, z_NZ, self.weight_head)
-        else:
-            out_BH = rows.multiply(x_BD @ self.down_DR, z_NZ, self.weight_head) @ self.up_RH
-        return out_BH + self.bias_head(z_UZ).index_select(0, rows.index_B)
+            z_NZ = z_UZ.index_select(0, rows.subject_N)
+            return rows.unslot(_multiply(rows.slot(x_BD), z_NZ, self.weight_head)) + bias_BH
+        core_UR = self.weight_head(z_UZ)
+        x_NLR = rows.slot(self.shared_part(x_BD))
+        core_NRR = core_UR.index_select(0, rows.subject_N).view(-1, self.rank, self.rank)
+        return bias_BH.addmm_(rows.unslot(x_NLR @ core_NRR), self.up_RH.to(bias_BH.dtype))
 
-    def weight(self, z_UZ: torch.Tensor) -> torch.Tensor:
-        """Returns the generated weights, (U, D, H): what `forward` multiplies with, in full."""
+    def shared_part(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Returns what of the product all subjects share: x P if low_rank, x itself if full."""
+        return x_BD if self.full else x_BD @ self.down_DR
+
+    def own_part(self, z_UZ: torch.Tensor) -> torch.Tensor:
+        """Returns the weights that follow `shared_part`: C_u Q (U, R, H) if low_rank, W_u (U, D, H) if full."""
         generated = self.weight_head(z_UZ)
         if self.full:
             return generated.view(-1, self.input_dim, self.output_dim)
-        return self.down_DR @ generated.view(-1, self.rank, self.rank) @ self.up_RH
+        return generated.view(-1, self.rank, self.rank) @ self.up_RH
+
+    def weight(self, z_UZ: torch.Tensor) -> torch.Tensor:
+        """Returns the generated weights, (U, D, H): what `forward` multiplies with, in full."""
+        return self.own_part(z_UZ) if self.full else self.down_DR @ self.own_part(z_UZ)
 
 
 class SubjectRows:
@@ -134,19 +144,26 @@ class SubjectRows:
         place_B = torch.arange(num_rows, device=device) + shift_U[index_B[order_B]]
         self.place_B = torch.empty_like(order_B).index_copy(0, order_B, place_B)
 
-    def multiply(self, x_BD: torch.Tensor, z_NZ: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        """Computes x_b W_b, where W_b is what the head generates for the row's slot."""
-        device, input_dim = x_BD.device.type, x_BD.shape[1]
+    def slot(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Returns the rows in their slots, zeros elsewhere, (N, L, D); of autocast's dtype if it is on."""
+        device = x_BD.device.type
         if torch.is_autocast_enabled(device):
             x_BD = x_BD.to(torch.get_autocast_dtype(device))
-        padded = x_BD.new_zeros(self.num_slots * self.length, input_dim).index_copy(0, self.place_B, x_BD)
-        slots_NLD = padded.view(self.num_slots, self.length, input_dim)
-        # The head's bias is the weight of a further z that is always 1.
-        z_NZ = nn.functional.pad(z_NZ, (0, 1), value=1.0)
-        head_WZ = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1)
-        at_once = max((CPU_WEIGHTS if device == "cpu" else GPU_WEIGHTS) // len(head_WZ), 1)
-        out_NLH = _GeneratedProduct.apply(slots_NLD, z_NZ, head_WZ, at_once)
-        return out_NLH.flatten(0, 1).index_select(0, self.place_B)
+        padded = x_BD.new_zeros(self.num_slots * self.length, x_BD.shape[1])
+        return padded.index_copy(0, self.place_B, x_BD).view(self.num_slots, self.length, x_BD.shape[1])
+
+    def unslot(self, x_NLH: torch.Tensor) -> torch.Tensor:
+        """Returns the slots' rows in the batch's order, (B, H)."""
+        return x_NLH.flatten(0, 1).index_select(0, self.place_B)
+
+
+def _multiply(x_NLD: torch.Tensor, z_NZ: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    """Multiplies each slot with the weight that the head generates from its z; returns (N, L, H)."""
+    # The head's bias is the weight of a further z that is always 1.
+    z_NZ = nn.functional.pad(z_NZ, (0, 1), value=1.0)
+    head_WZ = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1)
+    at_once = max((CPU_WEIGHTS if x_NLD.device.type == "cpu" else GPU_WEIGHTS) // len(head_WZ), 1)
+    return _GeneratedProduct.apply(x_NLD, z_NZ, head_WZ, at_once)
 
 
 class _GeneratedProduct(torch.autograd.Function):

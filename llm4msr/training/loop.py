@@ -79,8 +79,12 @@ def train_worker(
     trainer = Trainer(task.config, model, collator, rank, world_size, device)
     run = _Run(task, prepared, trainer, should_stop, preempted)
     state, train = run.state, task.config.train
-    while state.epoch < train.max_epochs and (state.best_epoch < 0 or state.epoch - state.best_epoch <= train.patience):
-        report(run.epoch())
+    try:
+        while state.epoch < train.max_epochs and state.epoch - max(state.best_epoch, 0) <= train.patience:
+            report(run.epoch())
+    finally:
+        if run.log:
+            run.log.close()
     metadata = {
         "model_version": task.name,
         "backbone": task.config.model.backbone,
@@ -95,8 +99,6 @@ def train_worker(
         "seconds": round(run.seconds(), 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    if run.log:
-        run.log.close()
     if rank == 0:
         best = storage.join(task.training_uri, state.best_file["file"])
         save_checkpoint(task.checkpoint_uri, task.config, prepared, knowledge, best, metadata)

@@ -99,7 +99,7 @@ def train(task: TrainTask) -> dict[str, Any]:
         if num_workers == 0:
             if task.config.model.embedding_sharding == "sharded":
                 raise ConfigError("model.embedding_sharding = 'sharded' needs train.num_workers of at least 1, found 0")
-            torch.set_num_threads(_cpus(train_config.cpus_per_worker, 1, 0))
+            torch.set_num_threads(_threads(_cpus(train_config.cpus_per_worker, 1, 0)))
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return train_worker(task, 0, 1, device, lambda metrics: None, stop.is_set)
         return _train_group(task, num_workers, num_gpus, stop)
@@ -125,7 +125,7 @@ def _train_group(
     with _forwarded(stop, flag):
         result = TorchTrainer(
             _worker,
-            train_loop_config={"task": task, "flag": flag, "num_threads": cpus},
+            train_loop_config={"task": task, "flag": flag, "num_threads": _threads(cpus)},
             torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=num_workers, use_gpu=num_gpus > 0, resources_per_worker={"CPU": cpus}
@@ -154,6 +154,11 @@ def _cpus(configured: int | str, num_workers: int, num_gpus: int) -> int:
     most = max([*nodes, 1])
     fitting = [c for c in range(1, most + 1) if sum(node // c for node in nodes) >= num_workers]
     return min(max([*fitting, 1]), MOST_CPUS_BESIDE_GPU if num_gpus else most)
+
+
+def _threads(cpus: int) -> int:
+    """Returns torch's threads: one processor is left to the thread that reads and collates, where there are several."""
+    return max(1, cpus - 1)
 
 
 @ray.remote(num_cpus=0)

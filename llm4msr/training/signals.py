@@ -23,7 +23,7 @@ def sigterm_event() -> Iterator[threading.Event]:
         return
 
     def on_sigterm(*_: object) -> None:
-        logger.warning("SIGTERM: writing a checkpoint, then stopping")
+        logger.warning("SIGTERM: stopping; what was done is kept")
         stop.set()
 
     before = signal.signal(signal.SIGTERM, on_sigterm)

@@ -67,7 +67,8 @@ class Trainer:
         tables = embedding_parameters(model)  # none where they are sharded
         self.step_model: nn.Module = model
         if self.train.compile:
-            model.compile()
+            model.embedding.forward = torch.compiler.disable(model.embedding.forward)  # its gradients are sparse
+            model.compile(dynamic=True)  # scenarios have other numbers of rows in each step
         if world_size > 1:
             for parameter in tables.values():
                 dist.broadcast(parameter.data, 0)

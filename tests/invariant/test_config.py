@@ -306,7 +306,8 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
         (["--train.num_workers=[3, 2]"], "train: num_workers = [3, 2]: the first is the fewest, the second the most"),
         (
             ["--model.embedding_sharding=sharded"],
-            "configuration: model.embedding_sharding = 'sharded' needs train.embedding_optimizer 'rowwise_adagrad', found 'adam'",
+            "configuration: model.embedding_sharding = 'sharded' needs train.embedding_optimizer 'rowwise_adagrad', "
+            "found 'adam'",
         ),
         (
             [

@@ -9,7 +9,7 @@ import torch
 
 from llm4msr.config import ModelConfig
 from llm4msr.models.backbones import BACKBONES, build_backbone
-from llm4msr.models.layers import Dropout, ScenarioNorm, ScenarioRows
+from llm4msr.models.layers import Dropout, Order, ScenarioNorm, ScenarioRows
 
 CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(8, 6), tower_dims=(5,), dropout=0.2)
 
@@ -162,6 +162,22 @@ def test_rows_are_sorted_by_scenario_and_put_back():
     torch.testing.assert_close(out, x_BD.squeeze(1) * 10**scenario_B + scenario_B)
     out.sum().backward()
     torch.testing.assert_close(x_BD.grad.squeeze(1), (10**scenario_B).float())
+
+
+def test_sorted_rows_are_not_copied():
+    x_BD = torch.randn(6, 3)
+    for scenario_B in (torch.tensor([0, 0, 1, 1, 1, 3]), torch.full((6,), 2)):
+        rows = ScenarioRows(scenario_B, 4)
+        assert rows.sort(x_BD) is x_BD
+        torch.testing.assert_close(rows.map(x_BD, lambda s, x: x + s), x_BD + scenario_B.unsqueeze(1))
+    assert ScenarioRows(torch.tensor([0, 1, 0]), 2).sort(x_BD[:3]) is not x_BD
+
+
+def test_order_sorts_stably_and_restores():
+    scenario_B = torch.tensor([1, 0, 2, 1, 0])
+    order, x_B = Order(scenario_B), torch.arange(5)
+    assert order.sort(x_B).tolist() == [1, 4, 0, 3, 2]
+    assert torch.equal(order.restore(order.sort(x_B)), x_B)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

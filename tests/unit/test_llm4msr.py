@@ -352,6 +352,17 @@ def test_a_batch_without_rows_trains(prepared, rows, form):
     assert all(gradient is not None and gradient.eq(0).all() for gradient in dense)
 
 
+@pytest.mark.parametrize("items", [False, True])
+def test_order_of_the_rows_does_not_matter(prepared, rows, items):
+    """Inside, rows are sorted by scenario; each row's logit and norm come back at its place."""
+    model = build(items=items).eval()
+    encode = collator(prepared, tiny_knowledge(items=items))
+    expected = model(encode(rows))
+    order = np.random.default_rng(0).permutation(len(rows["label"]))
+    for ours, plain in zip(model(encode({k: v[order] for k, v in rows.items()})), expected, strict=True):
+        torch.testing.assert_close(ours, plain[order])
+
+
 def test_order_of_knowledge_rows_does_not_matter(prepared, rows, tmp_path):
     """The same vectors stored in another order, the index following, give the same scores."""
     table = moved = tiny_knowledge(items=True)

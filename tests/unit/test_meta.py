@@ -89,6 +89,8 @@ def test_weight_is_what_forward_multiplies_with():
         x_BD, z_UZ, index_B = torch.randn(9, 6), torch.randn(2, 5), torch.arange(9) % 2
         expected = torch.einsum("bd,bdh->bh", x_BD, layer.weight(z_UZ)[index_B]) + layer.bias_head(z_UZ)[index_B]
         torch.testing.assert_close(apply(layer, x_BD, z_UZ, index_B), expected)
+        parts = torch.einsum("br,brh->bh", layer.shared_part(x_BD), layer.own_part(z_UZ)[index_B])
+        torch.testing.assert_close(parts + layer.bias_head(z_UZ)[index_B], expected)
 
 
 def test_trunk_standardises_and_row_zero_is_learned():
