@@ -27,7 +27,6 @@ NAME = "train_meta"
 BATCH_SIZE = 4096
 NUM_EPOCHS = 2
 ROWS_PER_USER = (1, 16)
-JUDGED_ROWS_PER_USER = 16
 WEIGHT_FORMS = ("low_rank", "full")
 
 
@@ -75,12 +74,12 @@ def run(world: World, rounds: int, threads: int, not_judged: str | None) -> Resu
     }
     goals = tuple(
         Goal(
-            f"LLM4MSR(STAR) {form} / STAR",
-            ratios[f"{form} / STAR alone, rows_per_user {JUDGED_ROWS_PER_USER}"],
+            f"LLM4MSR(STAR) {form} / STAR, rows_per_user {g}",
+            ratios[f"{form} / STAR alone, rows_per_user {g}"],
             ">=",
             0.8,
         )
-        for form in WEIGHT_FORMS
+        for g, form in itertools.product(ROWS_PER_USER, WEIGHT_FORMS)
     )
     config = {
         "benchmark": NAME,
@@ -89,7 +88,7 @@ def run(world: World, rounds: int, threads: int, not_judged: str | None) -> Resu
         "threads": threads,
         "epochs": NUM_EPOCHS,
         "rate": "of the epochs after the first; seconds are of one epoch",
-        "rows_per_user": {"measured": ROWS_PER_USER, "judged": JUDGED_ROWS_PER_USER},
+        "rows_per_user": ROWS_PER_USER,
         **{section: resolved[section] for section in ("model", "train")},
     }
     return Result(config, seconds, medians | figures.medians(), ratios, goals, not_judged)

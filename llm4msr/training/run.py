@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -15,13 +15,14 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError, digest
 from llm4msr.knowledge.place import knowledge_uri
 from llm4msr.training.loop import train_worker
 from llm4msr.training.signals import sigterm_event
-from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
+from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted, TrainTask
 
 logger = logging.getLogger("llm4msr.training")
 
@@ -84,9 +85,8 @@ def train(task: TrainTask) -> dict[str, Any]:
 
     Raises:
         ConfigError: More workers are asked for than this machine can run.
-        TrainingError: Training cannot go on.
+        TrainingError: Training cannot go on, or workers failed more often than ``train.max_failures``.
         TrainingInterrupted: SIGTERM came.
-        ray.train.TrainingFailedError: Workers failed more often than ``train.max_failures``.
     """
     if storage.is_finished(task.checkpoint_uri):
         logger.info("%s: already trained", task.name)
@@ -96,13 +96,25 @@ def train(task: TrainTask) -> dict[str, Any]:
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     num_workers = num_gpus if train_config.num_workers == "auto" else train_config.num_workers
     with sigterm_event() as stop:
-        if num_workers == 0:
-            if task.config.model.embedding_sharding == "sharded":
-                raise ConfigError("model.embedding_sharding = 'sharded' needs train.num_workers of at least 1, found 0")
-            torch.set_num_threads(_threads(_cpus(train_config.cpus_per_worker, 1, 0)))
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return train_worker(task, 0, 1, device, lambda metrics: None, stop.is_set)
-        return _train_group(task, num_workers, num_gpus, stop)
+        metadata = _train_here(task, stop) if num_workers == 0 else _train_group(task, num_workers, num_gpus, stop)
+        if stop.is_set():
+            raise TrainingInterrupted(f"{task.name}: finished, then stopped as asked; the same command goes on")
+        return metadata
+
+
+def _train_here(task: TrainTask, stop: threading.Event) -> dict[str, Any]:
+    """Trains in this process; what torch was set to is set again afterwards."""
+    if task.config.model.embedding_sharding == "sharded":
+        raise ConfigError("model.embedding_sharding = 'sharded' needs train.num_workers of at least 1, found 0")
+    cpus = task.config.train.cpus_per_worker
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(_threads(len(os.sched_getaffinity(0)) if cpus == "auto" else cpus))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return train_worker(task, 0, 1, device, lambda metrics: None, stop.is_set)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
 
 
 def _train_group(
@@ -119,11 +131,19 @@ def _train_group(
             f"set train.num_lanes to {most}"
         )
     cpus = _cpus(task.config.train.cpus_per_worker, most, num_gpus)
+    room = sum(node // cpus for node in _node_cpus())
+    if fewest > room and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"train.cpus_per_worker: {fewest} workers of {cpus} CPUs do not fit on this machine, {room} would; "
+            "lower it, or train.num_workers"
+        )
     scratch = storage.join(task.run_uri, "ray")
     filesystem, path = storage.arrow_filesystem(scratch)
-    flag = _StopFlag.remote()
+    # With the driver, whose end ends the job anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    flag = _StopFlag.options(scheduling_strategy=here).remote()
     with _forwarded(stop, flag):
-        result = TorchTrainer(
+        trainer = TorchTrainer(
             _worker,
             train_loop_config={"task": task, "flag": flag, "num_threads": _threads(cpus)},
             torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
@@ -137,20 +157,36 @@ def _train_group(
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=task.config.train.max_failures),
             ),
-        ).fit()
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise TrainingError(_why_workers_failed(task, error)) from error
     storage.remove(scratch)  # Ray Train's own records
     outcome = result.return_value
-    for kind in (TrainingError, TrainingInterrupted):
+    for kind in (TrainingDiverged, TrainingError, TrainingInterrupted):
         if kind.__name__ in outcome:
             raise kind(outcome[kind.__name__])
     return outcome
+
+
+def _why_workers_failed(task: TrainTask, error: ray.train.WorkerGroupError) -> str:
+    reasons = {str(failure).strip().splitlines()[-1] for failure in error.worker_failures.values()}
+    return (
+        f"{task.name}: workers failed more often than train.max_failures = {task.config.train.max_failures}; "
+        f"the last time: {'; '.join(sorted(reasons))}; the same command goes on from the last checkpoint"
+    )
+
+
+def _node_cpus() -> list[int]:
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def _cpus(configured: int | str, num_workers: int, num_gpus: int) -> int:
     """Returns the processors of each worker: the most that let all workers fit on the nodes that are there now."""
     if configured != "auto":
         return configured
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    nodes = _node_cpus()
     most = max([*nodes, 1])
     fitting = [c for c in range(1, most + 1) if sum(node // c for node in nodes) >= num_workers]
     return min(max([*fitting, 1]), MOST_CPUS_BESIDE_GPU if num_gpus else most)
@@ -175,7 +211,7 @@ class _StopFlag:
         return self.value
 
 
-@contextmanager
+@contextlib.contextmanager
 def _forwarded(stop: threading.Event, flag: Any) -> Iterator[None]:
     """Sets the flag once the event is set: by a thread, because a signal handler must not call Ray."""
     done = threading.Event()
@@ -222,10 +258,11 @@ def _polled(flag: Any) -> Callable[[], bool]:
 
     def poll() -> None:
         pause = threading.Event()
-        while not stop.is_set():
-            if ray.get(flag.get.remote()):
-                stop.set()
-            pause.wait(STOP_POLL_S)
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this worker soon will be
+            while not stop.is_set():
+                if ray.get(flag.get.remote()):
+                    stop.set()
+                pause.wait(STOP_POLL_S)
 
     threading.Thread(target=poll, name="stop-poll", daemon=True).start()
     return stop.is_set

@@ -15,7 +15,8 @@ logger = logging.getLogger("llm4msr.training")
 def sigterm_event() -> Iterator[threading.Event]:
     """Yields an event that SIGTERM sets; what SIGTERM did before comes back at the end.
 
-    Outside the main thread Python cannot take signals: the event is then never set.
+    A second SIGTERM does what the first would have done without this: nothing waits for ever for a step that does not
+    come. Outside the main thread Python cannot take signals: the event is then never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -25,6 +26,7 @@ def sigterm_event() -> Iterator[threading.Event]:
     def on_sigterm(*_: object) -> None:
         logger.warning("SIGTERM: stopping; what was done is kept")
         stop.set()
+        signal.signal(signal.SIGTERM, before)
 
     before = signal.signal(signal.SIGTERM, on_sigterm)
     try:

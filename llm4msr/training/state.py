@@ -2,11 +2,12 @@
 
 Below ``<run>/training``:
 
-* step-000001234/model.safetensors       weights and buffers after that many steps
-* step-000001234/optimizer.safetensors   each optimizer's tensors, named after their parameters
-* step-000001234/state.json              `TrainState`
-* step-000001234/manifest.json           size and sha256 of the files; written last
-* best-00003.safetensors                 the weights of the best epoch so far, named by state.json
+* step-000001234-epoch-00002/model.safetensors       weights and buffers after that many steps, in that epoch
+* step-000001234-epoch-00002/optimizer.safetensors   each optimizer's tensors, named after their parameters
+* step-000001234-epoch-00002/manifest.json           `TrainState`, configuration, schema, size and sha256 of the files;
+                                                     written last
+* best-00003.safetensors                             the weights of the best epoch so far, which a state names
+* owner.json                                         who trains: whoever started last
 
 Random numbers are not stored: those of a step follow from seed, epoch, step and rank. Tables that are sharded over
 workers are written as one, so the files do not tell how a run was distributed.
@@ -18,18 +19,20 @@ falls back to the one before it; and steps need no barrier with the controller (
 from __future__ import annotations
 
 import logging
+import uuid
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from llm4msr import storage
+from llm4msr.config import digest
 from llm4msr.training.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger("llm4msr.training")
 
 STATE_VERSION = 1
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL_FILE, OPTIMIZER_FILE, OWNER_FILE = "model.safetensors", "optimizer.safetensors", "owner.json"
 
 
 @dataclass
@@ -75,14 +78,37 @@ class Loaded:
     optimizer: dict[str, torch.Tensor]
 
 
+def take_over(uri: str) -> str:
+    """Makes the caller the one who writes here; returns the token to show when saving.
+
+    A killed driver's workers may live on for some seconds on a lasting cluster: they can write no more.
+    """
+    token = uuid.uuid4().hex
+    storage.write_json(storage.join(uri, OWNER_FILE), {"token": token})
+    return token
+
+
+def check_owner(uri: str, token: str) -> None:
+    """Refuses to write where another process has taken over.
+
+    Raises:
+        StorageError: It has.
+    """
+    if storage.read_json(storage.join(uri, OWNER_FILE)).get("token") != token:
+        raise storage.StorageError(f"{uri}: another process has taken over this training; this one ends")
+
+
 def save_state(
     uri: str,
     state: TrainState,
     model: dict[str, torch.Tensor],
     optimizer: dict[str, torch.Tensor],
     num_to_keep: int,
+    about: dict[str, Any],
 ) -> str:
     """Writes a state, its manifest last, then removes what is older than the newest `num_to_keep`.
+
+    A state that is there is never written again: the end of an epoch has another name than its last step.
 
     Args:
         uri: The run's training directory.
@@ -90,20 +116,20 @@ def save_state(
         model: Weights and buffers.
         optimizer: The optimizers' tensors.
         num_to_keep: At least 1.
+        about: Configuration and schema, for whoever looks.
 
     Returns:
         The directory of the state.
     """
-    place = storage.join(uri, f"step-{state.step:09d}")
-    storage.remove(place)  # of an attempt that did not end
+    place = storage.join(uri, f"step-{state.step:09d}-epoch-{state.epoch:05d}")
     written = {
         MODEL_FILE: write_tensors(storage.join(place, MODEL_FILE), model),
         OPTIMIZER_FILE: write_tensors(storage.join(place, OPTIMIZER_FILE), optimizer),
     }
+    tree = asdict(state)
     manifest = {"kind": "training", "version": STATE_VERSION, "run": state.run, "schema": state.schema}
-    storage.write_json(storage.join(place, STATE_FILE), asdict(state))
-    storage.write_manifest(place, manifest | {"files": written})
-    _prune(uri, state, place, num_to_keep)
+    storage.write_manifest(place, manifest | {"state": tree, "digest": digest(tree), "files": written, "about": about})
+    _prune(uri, num_to_keep)
     return place
 
 
@@ -116,59 +142,58 @@ def save_best(uri: str, epoch: int, model: dict[str, torch.Tensor]) -> dict[str,
 def newest_state(uri: str, run: str, schema: str) -> str | None:
     """Returns the directory of the newest state that can be gone on from, or None.
 
-    One that is unfinished, damaged, or of another run or version is refused with a warning that says why, and the one
-    before it is looked at.
+    One that is unfinished, damaged, or of another run or version is refused with a warning that says why, and removed;
+    the one before it is looked at.
     """
-    for place in sorted(_states(uri), reverse=True):
+    for place in reversed(_states(uri)):
         try:
-            load_state(place, run, schema)
+            loaded = load_state(place, run, schema)
+            if loaded.state.best_file is not None:
+                read_tensors(storage.join(uri, loaded.state.best_file["file"]), loaded.state.best_file)
         except storage.StorageError as error:
             logger.warning("checkpoint refused, looking at the one before it: %s", error)
+            storage.remove(place)
         else:
             return place
     return None
 
 
 def load_state(place: str, run: str, schema: str) -> Loaded:
-    """Reads a state and checks it whole: files, digests, whose it is, and the best weights that it names.
+    """Reads a state and checks it: files, digests, and whose it is.
 
     Raises:
         StorageError: It cannot be used; the message says why.
     """
     manifest = storage.read_manifest(place, "its writer was stopped")
-    found = {name: manifest.get(name) for name in ("kind", "version", "run", "schema")}
+    names = {f.name for f in fields(TrainState)}
+    if not isinstance(manifest, dict) or not {"state", "digest", "files"} <= set(manifest):
+        raise storage.StorageError(f"{storage.join(place, storage.MANIFEST)}: not the manifest of a training state")
     wanted = {"kind": "training", "version": STATE_VERSION, "run": run, "schema": schema}
     for name, value in wanted.items():
-        if found[name] != value:
-            raise storage.StorageError(f"{place}: {name} is {found[name]!r}, this run's is {value!r}")
-    tree = storage.read_json(storage.join(place, STATE_FILE))
-    names = {f.name for f in fields(TrainState)}
-    if not isinstance(tree, dict) or set(tree) != names:
-        raise storage.StorageError(f"{storage.join(place, STATE_FILE)}: not a training state: needs {sorted(names)}")
-    state = TrainState(**tree)
-    tensors = [read_tensors(storage.join(place, n), manifest["files"][n]) for n in (MODEL_FILE, OPTIMIZER_FILE)]
-    if state.best_file is not None:
-        read_tensors(storage.join(place.rsplit("/", 1)[0], state.best_file["file"]), state.best_file)
-    return Loaded(place, state, *tensors)
+        if manifest.get(name) != value:
+            raise storage.StorageError(f"{place}: {name} is {manifest.get(name)!r}, this run's is {value!r}")
+    tree, files = manifest["state"], manifest["files"]
+    if digest(tree) != manifest["digest"] or set(tree) != names or not {MODEL_FILE, OPTIMIZER_FILE} <= set(files):
+        raise storage.StorageError(f"{storage.join(place, storage.MANIFEST)}: damaged, its digest is not its state's")
+    tensors = [read_tensors(storage.join(place, name), files[name]) for name in (MODEL_FILE, OPTIMIZER_FILE)]
+    return Loaded(place, TrainState(**tree), *tensors)
 
 
 def _states(uri: str) -> list[str]:
     """Returns the directories of states, finished or not, in order of steps."""
-    base = storage.absolute(uri).rstrip("/")
-    found = {name[len(base) :].strip("/").split("/")[0] for name, _ in storage.list_files(uri)}
-    return sorted(storage.join(uri, name) for name in found if name.startswith("step-"))
+    fs, path = storage.filesystem(uri)
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in (fs.ls(path, detail=False) if fs.exists(path) else [])]
+    return sorted(storage.join(uri, name) for name in names if name.startswith("step-"))
 
 
-def _prune(uri: str, state: TrainState, place: str, num_to_keep: int) -> None:
-    """Removes old states, those of later steps (they were refused), and weights of epochs that no kept state names."""
+def _prune(uri: str, num_to_keep: int) -> None:
+    """Removes all but the newest states, and weights of epochs that none of those kept names."""
     places = _states(uri)
-    current = places.index(place)
-    kept = places[max(current + 1 - num_to_keep, 0) : current + 1]
-    for other in set(places) - set(kept):
-        storage.remove(other)
-    used = {state.best_file["file"]} if state.best_file else set()
-    for other in kept[:-1]:
-        if storage.is_finished(other) and (best := storage.read_json(storage.join(other, STATE_FILE))["best_file"]):
+    for place in places[:-num_to_keep]:
+        storage.remove(place)
+    used = set()
+    for place in places[-num_to_keep:]:
+        if storage.is_finished(place) and (best := storage.read_manifest(place, "")["state"]["best_file"]):
             used.add(best["file"])
     for name, _ in storage.list_files(uri, ".safetensors"):
         base = name.rsplit("/", 1)[-1]

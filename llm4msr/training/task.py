@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """Training that cannot go on, found by all workers at the same step; the message says where and what to change."""
 
 
+class TrainingDiverged(TrainingError):
+    """A loss, weights or scores that are not finite, or a loss above ``train.max_loss``."""
+
+
 class TrainingInterrupted(RuntimeError):
     """Training that was asked to stop and left a checkpoint; the same command goes on from there."""
 

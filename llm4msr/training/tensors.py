@@ -21,7 +21,11 @@ def write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, An
     Returns:
         What `read_tensors` checks: {"bytes": size, "sha256": digest}.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside a local place: the system's temporary folder may be small, or in memory.
+    beside = storage.local_path(uri).parent if storage.is_local(uri) else None
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=beside) as folder:
         path = Path(folder) / "tensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
         written = {"bytes": path.stat().st_size, "sha256": _sha256(path)}

@@ -34,8 +34,8 @@ from llm4msr.data.prepared import PreparedData
 from llm4msr.training.loop import train_worker
 from llm4msr.training.run import MOST_CPUS_BESIDE_GPU
 from llm4msr.training.signals import sigterm_event
-from llm4msr.training.state import STATE_FILE, newest_state
-from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
+from llm4msr.training.state import load_state, newest_state
+from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted, TrainTask
 from llm4msr.training.trials import TUNE_VERSION, Trial, make_record, plan_search, shown, write_recipe
 
 logger = logging.getLogger("llm4msr.tune")
@@ -181,7 +181,7 @@ def _train_trial(settings: dict[str, Any], tasks: dict[str, Trial]) -> None:
         return
     try:
         train_worker(task, 0, 1, torch.device("cuda" if resources.get("GPU") else "cpu"), report)
-    except TrainingError as error:
+    except TrainingDiverged as error:
         tune.report({"epochs": epochs + 1, "valid_auc": 0.0, "diverged": str(error)})
 
 
@@ -191,7 +191,7 @@ def _history(task: TrainTask, finished: bool) -> list[dict[str, Any]]:
         return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))["history"]
     schema = digest(PreparedData.open(task.prepared_uri).schema.to_json())
     place = newest_state(task.training_uri, task.name, schema)
-    return storage.read_json(storage.join(place, STATE_FILE))["history"] if place else []
+    return load_state(place, task.name, schema).state.history if place else []
 
 
 class _Recorder(tune.Callback):

@@ -116,7 +116,7 @@ def test_a_group_that_loses_a_node_goes_on_smaller(tmp_path, monkeypatch):
     finally:
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-    assert re.search(r"going on from \S+/step-\d{9}: epoch \d", printed)
+    assert re.search(r"going on from \S+/step-\d{9}-epoch-\d{5}: epoch \d", printed)
     found = world.outcome(task)
     assert len(found["history"]) == 8
     metadata = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))

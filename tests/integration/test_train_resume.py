@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 import re
@@ -18,9 +19,11 @@ from tiny import tiny_config, tiny_knowledge
 
 from llm4msr import storage
 from llm4msr.evaluation import evaluate_checkpoint
+from llm4msr.models.llm4msr import MultiScenarioModel
 from llm4msr.training.loop import train_worker
-from llm4msr.training.state import STATE_FILE
-from llm4msr.training.task import TrainingError, TrainingInterrupted
+from llm4msr.training.state import take_over
+from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted
+from llm4msr.training.trainer import Trainer
 
 NO_DROPOUT = {"dropout": 0.0, "meta": {"knowledge_dropout": 0.0}}
 
@@ -59,8 +62,9 @@ def test_interrupted_again_and_again_it_ends_as_if_it_had_not_been(task, setting
             alone(broken, stop_after=chance.randint(1, 8))
         except TrainingInterrupted as error:
             stops += 1
+            place = r"step-\d{9}-epoch-\d{5}$"
             assert re.search(
-                r"stopped as asked at epoch \d, step \d+; the same command goes on from .*/step-\d{9}$", str(error)
+                rf"stopped as asked at epoch \d, step \d+; the same command goes on from .*/{place}", str(error)
             )
         else:
             break
@@ -86,14 +90,14 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(task):
     with pytest.raises(Killed):
         train_worker(killed, 0, 1, torch.device("cpu"), kill)
     newest = storage.join(killed.training_uri, world.states(killed)[-1])
-    storage.remove(storage.join(newest, STATE_FILE))  # the last one is damaged on top
+    storage.remove(storage.join(newest, "model.safetensors"))  # the last one is damaged on top
     alone(killed)
     assert world.outcome(killed) == world.outcome(straight)
     assert world.weights(killed) == world.weights(straight)
 
 
 def test_a_preemption_writes_a_checkpoint_and_training_goes_on(task, monkeypatch, caplog):
-    monkeypatch.setattr("llm4msr.training.loop.PREEMPTION_CHECK_S", 0.0)
+    monkeypatch.setattr("llm4msr.training.running.PREEMPTION_CHECK_S", 0.0)
     run = changed(task, "preempted", checkpoint_every_steps=100_000)
     seen = []
 
@@ -102,7 +106,7 @@ def test_a_preemption_writes_a_checkpoint_and_training_goes_on(task, monkeypatch
         return len(seen) == 2
 
     alone(run, preempted=preempted)
-    assert seen[:2] == [[], []] and seen[2] == ["step-000000010"]
+    assert seen[:2] == [[], []] and seen[2] == ["step-000000010-epoch-00000"]
 
 
 # ---------------------------------------------------------------- workers
@@ -119,7 +123,7 @@ def work(rank, world_size, task, store, stop_after):
             world_size,
             torch.device("cpu"),
             lambda metrics: None,
-            lambda: rank == 1 and stop_after is not None and next(looks) >= stop_after,
+            lambda: rank == world_size - 1 and stop_after is not None and next(looks) >= stop_after,
         )
     except TrainingInterrupted:
         assert stop_after is not None
@@ -161,11 +165,24 @@ def test_two_workers_stopped_then_three_then_one(task, tmp_path):
     alone(one)
     many = replace(changed(task, "elastic-many", NO_DROPOUT, **settings), name=one.name)
     group(many, 2, tmp_path, stop_after=10)
-    assert world.states(many)[-1] == "step-000000010"
+    assert world.states(many)[-1] == "step-000000010-epoch-00000"
     group(many, 3, tmp_path, stop_after=25)
-    assert world.states(many)[-1] == "step-000000035"
+    assert world.states(many)[-1] == "step-000000035-epoch-00001"
     alone(many)
     assert_same_losses(world.step_losses(many), world.step_losses(one))
+
+
+def test_sharded_tables_stopped_on_two_workers_go_on_on_one(task, tmp_path):
+    pytest.importorskip("torchrec")
+    settings = {"log_every_steps": 1, "max_epochs": 2, "embedding_optimizer": "rowwise_adagrad"}
+    plain = changed(task, "sharded-plain", NO_DROPOUT, **settings)
+    alone(plain)
+    model = NO_DROPOUT | {"embedding_sharding": "sharded"}
+    sharded = replace(changed(task, "sharded", model, num_workers=2, **settings), name=plain.name)
+    group(sharded, 2, tmp_path, stop_after=40)
+    assert world.states(sharded)[-1] == "step-000000040-epoch-00001"
+    group(sharded, 1, tmp_path)
+    assert_same_losses(world.step_losses(sharded), world.step_losses(plain))
 
 
 def test_any_order_of_knowledge_rows_is_the_same_run(task):
@@ -194,14 +211,77 @@ def test_an_exploding_loss_names_step_scenario_and_the_last_good_checkpoint(task
         alone(run)
     match = re.search(
         r"loss is (\S+) at epoch (\d), step (\d+) \(by scenario: \{(.*)\}; train.max_loss is 0.8\); "
-        r"lower train.learning_rate \(now 0.5\); last good checkpoint: (.*)$",
+        r"lower train.learning_rate \(now 0.5\), which makes a new run; last good checkpoint: (.*)$",
         str(stop.value),
     )
     assert match, stop.value
     loss, _, step, guilty, last = match.groups()
     assert (float(loss) > 0.8 and "'rec'" in guilty) or "'search'" in guilty
     if last != "none yet":
-        assert storage.is_finished(last) and int(last[-9:]) < int(step)
+        assert storage.is_finished(last) and world.step_of(last) < int(step)
+
+
+def test_weights_that_overflow_are_never_saved(task):
+    """The loss of a step is that of the weights before it: only a look at the weights shows what the step made."""
+    run = changed(task, "overflow", max_epochs=1, checkpoint_every_steps=5)
+
+    def spoil(trainer, batches, rows):
+        losses = step(trainer, batches, rows)
+        trainer.count = getattr(trainer, "count", 0) + 1
+        if trainer.count == 10:
+            next(iter(trainer.model.parameters())).data[3] = float("inf")
+        return losses
+
+    step = Trainer.step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingDiverged) as stop:
+        patch.setattr(Trainer, "step", spoil)
+        alone(run)
+    assert re.search(
+        r"weights are not finite after step 10: embedding.tables.0.weight; .*/step-000000005-", str(stop.value)
+    )
+    assert world.states(run) == ["step-000000005-epoch-00000"]
+
+
+@pytest.mark.parametrize(("batch", "text"), [(7, "loss is nan"), (10_000, "scores of valid are not finite")])
+def test_what_is_not_a_number_is_told(task, batch, text):
+    """In the loss of a step, and in the scores of valid alone."""
+    run = changed(task, f"nan-{batch}", max_epochs=1, checkpoint_every_steps=5)
+    counted = itertools.count(1)
+    forward = MultiScenarioModel.forward
+
+    def spoil(model, data):
+        logit_B, norm_B = forward(model, data)
+        wrong = next(counted) == batch if model.training else batch == 10_000
+        return (logit_B * float("nan"), norm_B) if wrong else (logit_B, norm_B)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingDiverged) as stop:
+        patch.setattr(MultiScenarioModel, "forward", spoil)
+        alone(run)
+    assert text in str(stop.value)
+    if batch == 7:
+        assert "at epoch 0, step 7 (by scenario: {'rec': nan, 'search': nan}" in str(stop.value)
+        assert "last good checkpoint" in str(stop.value) and "/step-000000005-epoch-00000" in str(stop.value)
+
+
+def test_who_started_last_writes(task):
+    """A killed driver's worker that still trains ends at its next checkpoint, and takes nothing away."""
+    run = changed(task, "two-writers")
+
+    def started_elsewhere(metrics):
+        take_over(run.training_uri)
+
+    with pytest.raises(storage.StorageError, match="another process has taken over this training; this one ends"):
+        train_worker(run, 0, 1, torch.device("cpu"), started_elsewhere)
+    assert world.states(run)
+
+
+def test_a_finished_run_is_left_alone(task):
+    """Ray Train starts a group again whose worker dies after the last line."""
+    run = changed(task, "finished-twice", max_epochs=1)
+    first = alone(run)
+    before = storage.fingerprint(storage.join(run.checkpoint_uri, "model.safetensors"))
+    assert alone(run) == json.loads(json.dumps(first))
+    assert storage.fingerprint(storage.join(run.checkpoint_uri, "model.safetensors")) == before
 
 
 def test_too_few_rows(tmp_path):
@@ -216,7 +296,9 @@ def test_a_run_says_where_it_goes_on(task, caplog):
         alone(run, stop_after=3)
     with caplog.at_level(logging.INFO, "llm4msr.training"):
         alone(run)
-    assert re.search(r"says: going on from .*/says/training/step-000000015: epoch 0, step 15 of 33", caplog.text)
+    assert re.search(
+        r"says: going on from .*/says/training/step-000000015-epoch-00000: epoch 0, step 15 of 33", caplog.text
+    )
 
 
 def test_metrics_on_the_way_are_the_exact_ones(task):

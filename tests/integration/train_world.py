@@ -51,6 +51,11 @@ def states(task: TrainTask) -> list[str]:
     return sorted(name.split("/")[-2] for name, _ in found)
 
 
+def step_of(state: str) -> int:
+    """The steps that a checkpoint of a training is named after."""
+    return int(state.rsplit("/", 1)[-1].split("-")[1])
+
+
 def outcome(task: TrainTask) -> dict[str, Any]:
     """A finished run's metadata without times and places."""
     metadata = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
