@@ -21,8 +21,9 @@ from llm4msr.evaluation import evaluate_checkpoint, evaluate_item_mean
 from llm4msr.knowledge.place import knowledge_pointer_uri
 from llm4msr.ranker import Ranker
 from llm4msr.schema import UNSEEN_INDEX
-from llm4msr.training.loop import TrainingError, TrainTask, load_knowledge, train_worker
+from llm4msr.training.loop import train_worker
 from llm4msr.training.run import plan_runs, train
+from llm4msr.training.task import TrainingError, TrainTask, load_knowledge
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def make_task(root, name, knowledge="llm", seed=0, **tree):
 def test_any_number_of_workers_reaches_the_same_quality(places, ray_cluster):
     test_auc = {}
     for num_workers in (0, 1, 2):
-        settings = {"max_epochs": 10, "batch_size": 128, "learning_rate": 0.01, "num_workers": num_workers}
+        settings = {"max_epochs": 10, "batch_size": 128, "learning_rate": 0.01}
+        settings |= {"num_workers": num_workers, "cpus_per_worker": 1}
         task = make_task(places, f"workers{num_workers}", train=settings)
         metadata = train(task)
         assert metadata["world_size"] == max(num_workers, 1)
@@ -54,8 +56,11 @@ def test_any_number_of_workers_reaches_the_same_quality(places, ray_cluster):
 
 
 def test_more_workers_than_processors_are_refused(places, ray_cluster):
-    task = make_task(places, "many", train={"num_workers": 64, "batch_size": 64})
-    with pytest.raises(ConfigError, match=r"train\.num_workers: 64 workers need as many CPUs, this machine has 4"):
+    task = make_task(places, "many", train={"num_workers": 8})
+    with pytest.raises(ConfigError, match=r"train\.num_workers: 8 workers need as many CPUs, this machine has 4"):
+        train(task)
+    task = make_task(places, "large", train={"num_workers": 2, "cpus_per_worker": 3})
+    with pytest.raises(ConfigError, match=r"cpus_per_worker: 2 workers of 3 CPUs do not fit on this machine, 1 would"):
         train(task)
 
 
@@ -107,6 +112,8 @@ def test_tensorboard_scalars(places, ray_cluster):
     events.Reload()
     assert {
         "train/loss",
+        "train/loss_rec",
+        "train/loss_search",
         "train/rows_per_s",
         "train/data_wait_fraction",
         "epoch/loss",
@@ -115,6 +122,10 @@ def test_tensorboard_scalars(places, ray_cluster):
         "valid/auc_mean",
         "valid/auc_rec",
         "valid/auc_search",
+        "valid/gauc_rec",
+        "valid/gauc_search",
+        "valid/log_loss_rec",
+        "valid/log_loss_search",
     } == set(events.Tags()["scalars"])
     assert len(events.Scalars("valid/auc_rec")) == 2
     assert all(0 < e.value < 1 for e in events.Scalars("valid/auc_rec"))
@@ -201,7 +212,8 @@ def test_a_run_depends_on_the_levels_it_uses(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(places, ray_cluster):
     task = make_task(places, "nan", "none", train={"learning_rate": 1e30, "log_every_steps": 1})
-    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at epoch 0, step \d+; lower train.learning_rate"):
+    said = r"loss is (nan|inf) at epoch 0, step \d+ \(by scenario: .*; lower train.learning_rate"
+    with pytest.raises(TrainingError, match=said):
         train(task)
     assert not storage.exists(task.checkpoint_uri)
 
