@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,22 @@ def zipf(rng: np.random.Generator, vocabulary: int, count: int) -> np.ndarray:
     return rng.permutation(vocabulary)[rank]
 
 
-def make_batches(schema: FeatureSchema, batch_size: int, rows_per_user: int, device: str) -> list[SimpleNamespace]:
-    """Returns batches on the device with what a model reads of `llm4msr.batch.Batch`."""
+@dataclass
+class GpuBatch:
+    """What a model reads of `llm4msr.batch.Batch`, which needs more than torch to be imported."""
+
+    ids_BF: torch.Tensor
+    numeric_BN: torch.Tensor
+    sequences: tuple[torch.Tensor, ...]
+    scenario_B: torch.Tensor
+    label_B: torch.Tensor
+    knowledge_UK: torch.Tensor
+    knowledge_index_B: torch.Tensor
+    item_knowledge_index_B: None = None
+
+
+def make_batches(schema: FeatureSchema, batch_size: int, rows_per_user: int, device: str) -> list[GpuBatch]:
+    """Returns batches on the device."""
     rng = np.random.default_rng(0)
     categorical = schema.select("categorical")
     num_users, num_items = (schema.features[i].num_embeddings - FIRST_INDEX for i in (0, 3))
@@ -111,9 +125,8 @@ def make_batches(schema: FeatureSchema, batch_size: int, rows_per_user: int, dev
             "knowledge_UK": knowledge_UK,
             "knowledge_index_B": torch.from_numpy(index_B + 1),
         }
-        batch = SimpleNamespace(**{name: tensor.to(device) for name, tensor in tensors.items()})
-        batch.sequences = (torch.from_numpy(rng.integers(0, tags, (batch_size, TAGS_LENGTH))).to(device),)
-        batches.append(batch)
+        tags_BT = torch.from_numpy(rng.integers(0, tags, (batch_size, TAGS_LENGTH))).to(device)
+        batches.append(GpuBatch(sequences=(tags_BT,), **{name: tensor.to(device) for name, tensor in tensors.items()}))
     return batches
 
 

@@ -255,7 +255,7 @@ def test_killed_search_goes_on(tmp_path):
     planned = plan_search(config)
     first, second = planned.trials
     with processes.started("jobs.tune", tmp_path / "recipe.toml") as job:
-        trained = lambda: storage.list_files(storage.join(second.task.training_uri), "state.json")  # noqa: E731
+        trained = lambda: storage.list_files(storage.join(second.task.training_uri), "manifest.json")  # noqa: E731
         processes.wait_until(lambda: epochs_behind(trained()) or not job.running(), 180, "an epoch of the second trial")
         assert job.running(), job.log.read_text()
         job.kill("driver", random.Random(0))
@@ -278,5 +278,4 @@ def test_killed_search_goes_on(tmp_path):
 
 def epochs_behind(files) -> list[dict]:
     """The epochs that the newest finished checkpoint of a training has behind it."""
-    finished = [name for name, _ in files if storage.is_finished(name.rsplit("/", 1)[0])]
-    return storage.read_json(finished[-1])["history"] if finished else []
+    return storage.read_json(files[-1][0])["state"]["history"] if files else []
