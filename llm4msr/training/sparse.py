@@ -11,6 +11,7 @@ Axes: V rows of a table, E its width, R distinct rows that a step touches, T tab
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -66,7 +67,7 @@ def average_sparse_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = _sparse(index_R, value_RE, parameter).coalesce()
 
 
-class _RowOptimizer(torch.optim.Optimizer):
+class _RowOptimizer(torch.optim.Optimizer, ABC):
     """Updates the rows that have a gradient, and reads no others: nothing of a table's size is made in a step."""
 
     def step(self, closure: None = None) -> None:
@@ -82,9 +83,9 @@ class _RowOptimizer(torch.optim.Optimizer):
                         # Select and copy are many times faster than index_add_ on a CPU; each row is there once.
                         parameter.index_copy_(0, index_R, parameter.index_select(0, index_R) - change_RE)
 
+    @abstractmethod
     def _change(self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
         """Brings the state of the rows up to date and returns what to subtract from them."""
-        raise NotImplementedError
 
 
 class LazyAdam(_RowOptimizer):
