@@ -70,6 +70,19 @@ class TableFeature(Section):
         return self
 
 
+class HistoryFeature(Section):
+    """One feature made of what the user liked before the row's time."""
+
+    name: str
+    """Of the feature."""
+    scenario: str | None = None
+    """The scenario whose likes it holds; unset: those of all scenarios, merged in time."""
+    max_length: PositiveInt = 20
+    """Items kept, the most recent ones."""
+    pooling: Literal["mean", "attention"] = "mean"
+    """mean: their mean; attention: weighted by how each goes with the row's item (DIN)."""
+
+
 class TableConfig(Section):
     """Bring your own tables: CSV or Parquet, columns named here."""
 
@@ -133,6 +146,13 @@ class MovieLensConfig(Section):
     """Scenarios are age bands; these are the first ages of the second and later bands."""
 
 
+class AmazonConfig(Section):
+    """Amazon review files, one of each category; a category is a scenario."""
+
+    categories: dict[str, str] = Field(default={})
+    """Scenario to its review file below data.raw_uri."""
+
+
 class SyntheticConfig(Section):
     """KuaiSAR-shaped raw data with a planted effect; written under data.raw_uri before it is read."""
 
@@ -171,6 +191,8 @@ class DataConfig(Section):
     """Prepared files per split; each holds whole users. auto: by input size."""
     seed: Seed = 0
     """Seed of the drawn negatives and of the order of rows inside a file."""
+    history: tuple[HistoryFeature, ...] = ()
+    """Features of the user's past, each strictly before the row's time."""
     movielens: MovieLensConfig = MovieLensConfig()
     """Settings of kind = movielens."""
     table: TableConfig = TableConfig(timestamp_column="timestamp")

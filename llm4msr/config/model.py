@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llm4msr.config.base import Auto, Fraction, PositiveInt, Range, Section, Seed, SingleOrRange
+from llm4msr.config.zoo import AdaptiveConfig, ExpertsConfig
 
 
 class MetaConfig(Section):
@@ -57,6 +58,10 @@ class ModelConfig(Section):
     """star: normalise its input with statistics kept per scenario (partitioned normalisation)."""
     item_knowledge_dims: tuple[PositiveInt, ...] = (64, 16)
     """Widths of the dense layers that bring an item's knowledge vector to the backbone (knowledge.levels: item)."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Of the backbones made of experts."""
+    adaptive: AdaptiveConfig = AdaptiveConfig()
+    """Of the backbones that adapt themselves to the scenario."""
     meta: MetaConfig = MetaConfig()
     """The meta networks; not used where experiment.knowledge is none."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from llm4msr.models.backbones.base import InputLayout
 from llm4msr.schema import PADDING_INDEX, UNSEEN_INDEX, FeatureSchema
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class FeatureEmbedding(nn.Module):
     Attributes:
         table_seeds: The seed of each table's first values: `tables`, then `sequence_tables`. Drawn from torch's
             generator: ``torch.manual_seed`` decides them.
+        fields: Names of the embedded features, in the order of their columns.
         embedded_dim: (F + number of sequences) * E, the leading columns of x.
         output_dim: D = embedded_dim + number of numeric features.
     """
@@ -58,8 +60,14 @@ class FeatureEmbedding(nn.Module):
         self.sequence_tables = nn.ModuleList(tables[len(categorical) :])
         self.id_columns = [i for i, f in enumerate(categorical) if f.name in ("user_id", "item_id")]
         self.unseen_dropout = unseen_dropout
+        self.fields = tuple(f.name for f in features)
+        self.embedding_dim = embedding_dim
         self.embedded_dim = len(features) * embedding_dim
         self.output_dim = self.embedded_dim + len(schema.select("numeric"))
+
+    def layout(self, num_more: int = 0) -> InputLayout:
+        """Returns what the columns of x are, with so many more of item knowledge at the end."""
+        return InputLayout(self.fields, self.embedding_dim, self.output_dim - self.embedded_dim + num_more)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Returns x_BD."""

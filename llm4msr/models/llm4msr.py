@@ -197,7 +197,7 @@ def build_model(
     embedding = FeatureEmbedding(schema, config.embedding_dim, config.unseen_dropout, materialize)
     num_scenarios = len(schema.scenarios)
     if knowledge_dim is None:
-        return MultiScenarioModel(embedding, build_backbone(embedding.output_dim, num_scenarios, config))
+        return MultiScenarioModel(embedding, build_backbone(embedding.layout(), num_scenarios, config))
     meta = config.meta
     if not (meta.user_level or meta.scenario_level or item_knowledge):
         raise ValueError(
@@ -205,13 +205,13 @@ def build_model(
             "nothing would read the knowledge; use experiment.knowledge none instead"
         )
     items = ItemKnowledge(knowledge_dim, config) if item_knowledge else None
-    input_dim = embedding.output_dim + (items.output_dim if items else 0)
+    layout = embedding.layout(items.output_dim if items else 0)
     return MultiScenarioModel(
         embedding,
-        build_backbone(input_dim, num_scenarios, config),
+        build_backbone(layout, num_scenarios, config),
         items,
-        UserMeta(knowledge_dim, input_dim, meta) if meta.user_level else None,
-        ScenarioMeta(knowledge_dim, input_dim, num_scenarios, meta) if meta.scenario_level else None,
+        UserMeta(knowledge_dim, layout.input_dim, meta) if meta.user_level else None,
+        ScenarioMeta(knowledge_dim, layout.input_dim, num_scenarios, meta) if meta.scenario_level else None,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm4msr.config import ModelConfig
-from llm4msr.models.backbones import BACKBONES, build_backbone
+from llm4msr.models.backbones import BACKBONES, InputLayout, build_backbone
 from llm4msr.models.layers import Dropout, Order, ScenarioNorm, ScenarioRows
 
 CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(8, 6), tower_dims=(5,), dropout=0.2)
@@ -19,9 +19,12 @@ def normalise(norm: ScenarioNorm, x_BD: torch.Tensor, scenario_B: torch.Tensor) 
     return rows.map(norm(rows.sort(x_BD), rows), lambda s, x: x)
 
 
+LAYOUT = InputLayout(("user_id", "item_id", "genre"), embedding_dim=2, num_others=1)
+
+
 def build(name: str, num_scenarios: int = 3, **changes):
     torch.manual_seed(0)
-    return build_backbone(7, num_scenarios, CONFIG.model_copy(update={"backbone": name, **changes}))
+    return build_backbone(LAYOUT, num_scenarios, CONFIG.model_copy(update={"backbone": name, **changes}))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

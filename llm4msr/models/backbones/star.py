@@ -1,60 +1,18 @@
-"""Multi-scenario backbones: (x_BD, scenario_B) to logit_B.
+"""STAR: star topology adaptive recommender.
 
-A backbone owns neither the embeddings nor the loss, and never sees knowledge: the LLM4MSR wrapper stands around it.
-To add one, write a `Backbone` and name it in `BACKBONES`; nothing else must change.
-
-Axes: B rows, S scenarios, D input width, H hidden width.
+Axes: B rows, S scenarios, D input width, H hidden width, E embedding width.
 """
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
 from llm4msr.config import ModelConfig
+from llm4msr.models.backbones.base import Backbone, InputLayout
 from llm4msr.models.layers import Dropout, ScenarioNorm, ScenarioRows, dense_stack
-
-
-class Backbone(nn.Module, ABC):
-    """What every backbone is.
-
-    Args:
-        input_dim: D, the width of x.
-        num_scenarios: S.
-        config: Widths and options.
-    """
-
-    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
-        super().__init__()
-
-    @abstractmethod
-    def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
-        """Returns logit_B: no activation, no normalisation after it."""
-
-
-class SharedBottom(Backbone):
-    """One bottom network for all scenarios, one tower per scenario (Caruana 1997, as used for multi-scenario ranking).
-
-    The scenario enters by the choice of the tower alone.
-    """
-
-    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
-        super().__init__(input_dim, num_scenarios, config)
-        self.bottom = dense_stack(input_dim, config.hidden_dims, config.dropout)
-        bottom_dim = config.hidden_dims[-1] if config.hidden_dims else input_dim
-        tower_out_dim = config.tower_dims[-1] if config.tower_dims else bottom_dim
-        self.towers = nn.ModuleList(
-            nn.Sequential(dense_stack(bottom_dim, config.tower_dims, config.dropout), nn.Linear(tower_out_dim, 1))
-            for _ in range(num_scenarios)
-        )
-
-    def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
-        """Returns logit_B."""
-        rows = ScenarioRows(scenario_B, len(self.towers))
-        return rows.map(rows.sort(self.bottom(x_BD)), lambda s, x: self.towers[s](x).squeeze(1))
 
 
 class Star(Backbone):
@@ -66,8 +24,9 @@ class Star(Backbone):
     that all scenarios start as the shared network. The last layer has no activation and no normalisation.
     """
 
-    def __init__(self, input_dim: int, num_scenarios: int, config: ModelConfig) -> None:
-        super().__init__(input_dim, num_scenarios, config)
+    def __init__(self, layout: InputLayout, num_scenarios: int, config: ModelConfig) -> None:
+        super().__init__(layout, num_scenarios, config)
+        input_dim = layout.input_dim
         self.norm = ScenarioNorm(num_scenarios, input_dim) if config.scenario_norm else None
         dims = (input_dim, *config.hidden_dims, 1)
         self.shared = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
@@ -103,17 +62,3 @@ class Star(Backbone):
         x_weight_HD, embedding_weight_HE = hidden[0].weight.split([x_BD.shape[1], self.scenario_embedding.shape[1]], 1)
         bias_H = hidden[0].bias + embedding_weight_HE @ self.scenario_embedding[s]
         return last(hidden[1:](nn.functional.linear(x_BD, x_weight_HD, bias_H))).squeeze(1)
-
-
-BACKBONES: dict[str, type[Backbone]] = {"shared_bottom": SharedBottom, "star": Star}
-
-
-def build_backbone(input_dim: int, num_scenarios: int, config: ModelConfig) -> Backbone:
-    """Builds the backbone that ``model.backbone`` names.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    if config.backbone not in BACKBONES:
-        raise ValueError(f"model.backbone: no backbone {config.backbone!r}; valid: {', '.join(sorted(BACKBONES))}")
-    return BACKBONES[config.backbone](input_dim, num_scenarios, config)
