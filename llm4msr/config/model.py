@@ -33,23 +33,43 @@ class MetaConfig(Section):
     """Share of training rows that see no user knowledge, and of item knowledge, so that unseen ones are scored well."""
 
 
-Backbone = Literal["shared_bottom", "star"]
+Backbone = Literal[
+    "shared_bottom",
+    "star",
+    "mlp",
+    "deepfm",
+    "dcnv2",
+    "mmoe",
+    "omoe",
+    "ple",
+    "hinet",
+    "m3oe",
+    "aitm",
+    "sar_net",
+    "m2m",
+    "adasparse",
+    "adaptdhm",
+    "epnet",
+    "ppnet",
+    "pepnet",
+    "hamur",
+]
 
 
 class ModelConfig(Section):
     """The ranker."""
 
     backbone: Backbone = "star"
-    """shared_bottom or star: the keys of llm4msr.models.backbones.BACKBONES."""
+    """Which model LLM4MSR stands around; docs/backbones.md says what each is, and names the controls."""
     embedding_dim: PositiveInt = 16
     """Width of every embedding."""
     embedding_sharding: Literal["replicated", "sharded"] = "replicated"
     """replicated: each worker holds all tables; sharded: their rows are spread over the workers by TorchRec (the extra
     ``sharded``; needs workers, and train.embedding_optimizer rowwise_adagrad). The checkpoint is the same."""
     hidden_dims: tuple[PositiveInt, ...] = (128, 64)
-    """Widths of the backbone's main network (shared bottom; star topology)."""
+    """Widths of the backbone's main network; of each expert, where it is made of experts."""
     tower_dims: tuple[PositiveInt, ...] = (32,)
-    """Hidden widths of each scenario's tower (shared_bottom)."""
+    """Hidden widths of each scenario's tower, where the backbone has towers."""
     dropout: Fraction = 0.1
     """Dropout after each hidden layer of the backbone."""
     unseen_dropout: Fraction = 0.0
@@ -151,14 +171,17 @@ class TrainConfig(Section):
         return self
 
 
-Knowledge = Literal["none", "llm", "shuffled"]
+Knowledge = Literal["none", "llm", "shuffled", "random"]
+# Trained to be compared with, never served.
+CONTROLS: tuple[Knowledge, ...] = ("shuffled", "random")
 
 
 class ExperimentConfig(Section):
     """Which runs the pipeline trains and compares."""
 
     knowledge: tuple[Knowledge, ...] = ("none", "llm", "shuffled")
-    """none: the backbone alone; llm: with LLM4MSR; shuffled: with knowledge of others (the control)."""
+    """none: the backbone alone; llm: with LLM4MSR; and two controls, shuffled: with knowledge of others, random: with
+    noise of the same mean and deviation."""
     seeds: tuple[Seed, ...] = (0,)
     """One run per seed and knowledge."""
 

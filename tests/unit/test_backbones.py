@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,7 +12,28 @@ from llm4msr.config import ModelConfig
 from llm4msr.models.backbones import BACKBONES, InputLayout, build_backbone
 from llm4msr.models.layers import Dropout, Order, ScenarioNorm, ScenarioRows
 
-CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(8, 6), tower_dims=(5,), dropout=0.2)
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = ModelConfig(embedding_dim=4, hidden_dims=(16, 12), tower_dims=(10,), dropout=0.2)
+NUM_SCENARIOS = 3
+# What belongs to one scenario: names that begin so, {s} being the scenario; of the others, row s of the first axis.
+PRIVATE = {
+    "shared_bottom": ("towers.{s}.",),
+    "star": ("norm.gamma_SD", "norm.beta_SD", "weights_SHD.", "biases_SH.", "scenario_embedding"),
+    **dict.fromkeys(("mlp", "deepfm", "dcnv2"), ("scenario_embedding",)),
+    "mmoe": ("gates.{s}.", "towers.{s}."),
+    "omoe": ("towers.{s}.",),
+    "ple": (*(f"levels.{i}.{part}.{{s}}." for i in range(2) for part in ("own", "gates")), "towers.{s}."),
+    "hinet": ("scenario_embedding", "towers.{s}."),
+    "m3oe": ("star_weight_SHD", "star_bias_SH", "gates.{s}.", "towers.{s}."),
+    "aitm": ("heads.{s}.",),
+    "sar_net": ("scale_SD", "shift_SD", "own_experts.{s}.", "gates.{s}."),
+    **dict.fromkeys(("m2m", "adasparse", "adaptdhm", "epnet", "ppnet", "pepnet"), ("scenario_embedding",)),
+    "hamur": tuple(
+        f"adapters.{i}.{part}" for i in range(2) for part in ("down_", "up_", "norm.gamma_SD", "norm.beta_SD")
+    ),
+}
+# The same of the last scenario alone: no other comes after it in the chain.
+PRIVATE_OF_LAST = {"aitm": ("towers.2.", "messages.1.")}
 
 
 def normalise(norm: ScenarioNorm, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
@@ -22,7 +44,7 @@ def normalise(norm: ScenarioNorm, x_BD: torch.Tensor, scenario_B: torch.Tensor) 
 LAYOUT = InputLayout(("user_id", "item_id", "genre"), embedding_dim=2, num_others=1)
 
 
-def build(name: str, num_scenarios: int = 3, **changes):
+def build(name: str, num_scenarios: int = NUM_SCENARIOS, **changes):
     torch.manual_seed(0)
     return build_backbone(LAYOUT, num_scenarios, CONFIG.model_copy(update={"backbone": name, **changes}))
 
@@ -57,17 +79,70 @@ class TestEveryBackbone:
         model(torch.randn(20, 7), torch.zeros(20, dtype=torch.int64)).sum().backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
-    def test_private_parameters_get_no_gradient_from_other_scenarios(self, name):
-        model = build(name)
-        scenario_B = torch.randint(0, 2, (60,))  # scenario 2 has no rows
-        model(torch.randn(60, 7), scenario_B).sum().backward()
-        private = {
-            n: p.grad[2] if p.grad.shape[0] == 3 else p.grad
-            for n, p in model.named_parameters()
-            if (p.shape[0] == 3 and not n.startswith("bottom")) or n.startswith("towers.2")
-        }
-        assert private
-        assert [n for n, gradient in private.items() if gradient.abs().sum() > 0] == []
+    @pytest.mark.parametrize("s", range(NUM_SCENARIOS))
+    def test_what_learns_from_one_scenario_alone(self, name, s):
+        model = build(name, dropout=0.0)
+        torch.manual_seed(1)
+        x_BD, scenario_B = torch.randn(300, 7), torch.randint(0, NUM_SCENARIOS, (300,))
+        with_s, without_s = (
+            gradients(model, x_BD[rows], scenario_B[rows]) for rows in (scenario_B >= 0, scenario_B != s)
+        )
+        found, expected = {}, {}
+        for n, p in model.named_parameters():
+            alive = with_s[n] > 0
+            private = alive & (without_s[n] == 0)
+            # Of a shared parameter some hidden units may be zero but for rows of s: that makes none of it private.
+            if torch.equal(private, alive) or (len(private) == NUM_SCENARIOS and private.nonzero().tolist() == [[s]]):
+                found[n] = private.nonzero().flatten().tolist()
+            if rows := private_rows(name, s, n, p):
+                expected[n] = [row for row in rows if alive[row]]
+        assert found == expected
+
+    def test_order_of_rows_does_not_matter(self, name):
+        model = build(name, dropout=0.0)
+        x_BD, scenario_B, order_B = torch.randn(40, 7), torch.randint(0, NUM_SCENARIOS, (40,)), torch.randperm(40)
+        logit_B = model(x_BD, scenario_B)
+        torch.testing.assert_close(model(x_BD[order_B], scenario_B[order_B]), logit_B[order_B])
+
+    def test_dropout_in_training_alone(self, name):
+        model = build(name, dropout=0.5)
+        x_BD, scenario_B = torch.randn(30, 7), torch.randint(0, NUM_SCENARIOS, (30,))
+        assert not torch.allclose(model(x_BD, scenario_B), model(x_BD, scenario_B))
+        model.eval()
+        torch.testing.assert_close(model(x_BD, scenario_B), model(x_BD, scenario_B), rtol=0, atol=0)
+
+    def test_one_scenario_is_enough(self, name):
+        model = build(name, num_scenarios=1)
+        model(torch.randn(20, 7), torch.zeros(20, dtype=torch.int64)).sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+    def test_bfloat16(self, name):
+        model = build(name, dropout=0.0).eval()
+        x_BD, scenario_B = torch.randn(60, 7), torch.randint(0, NUM_SCENARIOS, (60,))
+        logit_B = model(x_BD, scenario_B)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded_B = model(x_BD, scenario_B)
+        torch.testing.assert_close(rounded_B.float(), logit_B, atol=0.05, rtol=0.05)
+        rounded_B.sum().backward()
+        assert [n for n, p in model.named_parameters() if not p.grad.isfinite().all()] == []
+
+
+def gradients(model, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The size of each parameter's gradient, for each row of its first axis."""
+    model.zero_grad()
+    model(x_BD, scenario_B).square().sum().backward()
+    return {n: p.grad.abs().reshape(len(p) if p.ndim else 1, -1).sum(1) for n, p in model.named_parameters()}
+
+
+def private_rows(name: str, s: int, parameter_name: str, parameter: torch.Tensor) -> list[int]:
+    """The rows of a parameter that belong to scenario s, by the table."""
+    prefixes = PRIVATE.get(name, ())
+    whole = tuple(prefix.format(s=s) for prefix in prefixes if "{s}" in prefix)
+    if s == NUM_SCENARIOS - 1:
+        whole += PRIVATE_OF_LAST.get(name, ())
+    if parameter_name.startswith(whole):
+        return list(range(len(parameter)))
+    return [s] if parameter_name.startswith(tuple(prefix for prefix in prefixes if "{s}" not in prefix)) else []
 
 
 def test_shared_bottom_forward_by_hand():
@@ -202,9 +277,21 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean(p):
 
 
 def test_configuration_offers_exactly_these_backbones():
-    assert set(get_args(ModelConfig.model_fields["backbone"].annotation)) == set(BACKBONES)
+    assert get_args(ModelConfig.model_fields["backbone"].annotation) == tuple(BACKBONES)
+
+
+def test_the_table_of_the_docs_is_true():
+    """docs/backbones.md lists every backbone, with the parameters that it has on the demo's input."""
+    lines = (REPOSITORY / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")][1:]
+    layout = InputLayout(("user_id", "item_id", *(f"feature_{i}" for i in range(13))), embedding_dim=16)
+    counts = {
+        name: sum(p.numel() for p in build_backbone(layout, 2, ModelConfig(backbone=name)).parameters())
+        for name in BACKBONES
+    }
+    assert {row[0].strip("`"): row[3] for row in rows} == {name: f"{count:,}" for name, count in counts.items()}
 
 
 def test_unknown_backbone_names_the_valid_ones():
-    with pytest.raises(ValueError, match=r"no backbone 'starr'; valid: shared_bottom, star"):
+    with pytest.raises(ValueError, match=f"no backbone 'starr'; valid: {', '.join(sorted(BACKBONES))}"):
         build("starr")
