@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKSPACE ?= workspace/demo
 CHECKPOINT ?=
+RECIPE ?= jobs/recipes/compare_food_kitchen.toml
+DATA ?= ../shared/data/amazon-food-kitchen
 PORT ?= 8000
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow bench lint clean
+.PHONY: help setup demo compare serve test test-slow bench lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## Generate data, prepare, extract, train, evaluate; print the comparison.
 	$(BIN)/python -m jobs.pipeline --config jobs/recipes/demo.toml --workspace_uri "$(WORKSPACE)"
+
+compare: $(INSTALLED) ## Compare backbones, knowledge and ablations over seeds: RECIPE on DATA (in WORKSPACE).
+	$(BIN)/python -m jobs.compare --config "$(RECIPE)" --data.raw_uri "$(DATA)" $(if $(filter-out file,$(origin WORKSPACE)),--workspace_uri "$(WORKSPACE)")
 
 serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
 	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --port $(PORT)

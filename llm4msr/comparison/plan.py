@@ -1,0 +1,191 @@
+"""What jobs.compare trains: a model for every backbone and variant, its learning rates, its seeds, and the choice.
+
+A run's place follows from what it is (`llm4msr.training.run.plan_runs`), so a run that was trained before, by whatever
+job, is found again. How runs are executed is the business of `llm4msr.comparison.run`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm4msr import storage
+from llm4msr.config import Config, ConfigError, digest
+from llm4msr.schema import ALL_SCENARIOS
+from llm4msr.settings import config_from_dict
+from llm4msr.training.run import plan_runs
+from llm4msr.training.task import TrainTask
+
+COMPARE_VERSION = 1  # part of a comparison's digest
+EVALUATION_FILE, DETAIL_FILE = "evaluation.json", "evaluation_detail.json"
+# What a variant may change: with other data the rows would not be the same.
+CHANGEABLE = ("model.", "train.", "knowledge.")
+# What the comparison itself sets.
+TAKEN = ("model.backbone", "train.learning_rate", "train.num_workers")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One backbone with one variant.
+
+    Attributes:
+        backbone: Value of model.backbone.
+        variant: Name of the variant.
+        knowledge: Its kind of knowledge.
+        changes: What differs from the configuration, by dotted key.
+        tuning: By learning rate, the run that tries it.
+        runs: By learning rate, the runs of all seeds at it.
+    """
+
+    backbone: str
+    variant: str
+    knowledge: str
+    changes: dict[str, Any]
+    tuning: dict[float, TrainTask]
+    runs: dict[float, tuple[TrainTask, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All models of a comparison, and its place, which follows from all that its result depends on."""
+
+    config: Config
+    uri: str
+    prepared_uri: str
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model's learning rate.
+
+    Attributes:
+        learning_rate: The best on valid; None where no run could be trained.
+        valid_auc: By learning rate: mean of the scenarios' AUC on valid, None where the run failed.
+        tied: All learning rates with the best AUC; the first that was listed is taken.
+    """
+
+    learning_rate: float | None
+    valid_auc: dict[float, float | None]
+    tied: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run could not be trained or evaluated: in a line, and what Python said where it was not foreseen."""
+
+    message: str
+    details: str = ""
+
+
+def model_configs(config: Config) -> list[tuple[str, str, str, dict[str, Any], Config]]:
+    """Lists backbone, variant, knowledge, changes and the resulting configuration of every model.
+
+    Raises:
+        ConfigError: Tables are sharded, or a variant or a backbone changes what it cannot.
+    """
+    section, tree = config.compare, config.model_dump(mode="json")
+    if config.model.embedding_sharding == "sharded":
+        raise ConfigError(
+            "model.embedding_sharding = 'sharded': a run of jobs.compare is one process; compare 'replicated' tables"
+        )
+    variants = [(kind, kind, {}, "") for kind in section.knowledge]
+    variants += [(v.name, v.knowledge, v.set, f"compare.variants.{i}.set") for i, v in enumerate(section.variants)]
+    models = []
+    for backbone in section.backbones:
+        own = section.backbone_settings.get(backbone, {})
+        _check_changes(own, f"compare.backbone_settings.{backbone}")
+        for name, knowledge, changed, key in variants:
+            _check_changes(changed, key)
+            changes = {**own, **changed}
+            asked = {"model.backbone": backbone, "train.num_workers": 0, "experiment.knowledge": [knowledge]}
+            try:
+                models.append((backbone, name, knowledge, changes, config_from_dict(_with(tree, changes | asked))))
+            except ConfigError as error:
+                raise ConfigError(f"{backbone} with variant {name!r} of jobs.compare: {error}") from error
+    return models
+
+
+def extractions(config: Config) -> list[Config]:
+    """Lists the configurations whose knowledge the comparison reads, each extraction once, those of most levels first.
+
+    Raises:
+        ConfigError: As for `model_configs`.
+    """
+    found = {digest(c.knowledge): c for _, _, knowledge, _, c in model_configs(config) if knowledge != "none"}
+    return sorted(found.values(), key=lambda c: -len(c.knowledge.levels))
+
+
+def plan_comparison(config: Config) -> Comparison:
+    """Lists every run that may be trained.
+
+    Raises:
+        ConfigError: As for `model_configs`.
+        StorageError: Data or knowledge is not there yet.
+    """
+    section, models = config.compare, []
+    seeds = tuple(dict.fromkeys((*config.experiment.seeds, section.tuning_seed)))
+    for backbone, variant, knowledge, changes, changed in model_configs(config):
+        tuning, runs = {}, {}
+        for rate in section.learning_rates:
+            tasks = {task.seed: task for task in plan_runs(_at_rate(changed, rate, seeds))}
+            tuning[rate] = tasks[section.tuning_seed]
+            runs[rate] = tuple(tasks[seed] for seed in config.experiment.seeds)
+        models.append(Model(backbone, variant, knowledge, changes, tuning, runs))
+    depends_on = {
+        "version": COMPARE_VERSION,
+        "models": [[m.backbone, m.variant, [task.name for task in m.tuning.values()]] for m in models],
+        "seeds": config.experiment.seeds,
+        "reference": section.reference,
+        "cold_max_rows": section.cold_max_rows,
+    }
+    uri = storage.join(storage.absolute(config.workspace_uri), f"compare-{digest(depends_on)[:8]}")
+    return Comparison(config, uri, next(iter(models[0].tuning.values())).prepared_uri, tuple(models))
+
+
+def choose(valid_auc: Mapping[float, float | None]) -> Choice:
+    """Chooses the learning rate with the best AUC on valid; of equal ones the first."""
+    defined = [auc for auc in valid_auc.values() if auc is not None]
+    tied = tuple(rate for rate, auc in valid_auc.items() if defined and auc == max(defined))
+    return Choice(tied[0] if tied else None, dict(valid_auc), tied)
+
+
+def mean_valid_auc(evaluation: Iterable[Mapping[str, Any]]) -> float:
+    """Returns the mean of the scenarios' exact AUC on valid, from the report rows of one run."""
+    rows = [row for row in evaluation if row["split"] == "valid" and row["scenario"] != ALL_SCENARIOS]
+    return statistics.fmean(row["auc"] for row in rows)
+
+
+def _check_changes(changes: Mapping[str, Any], key: str) -> None:
+    for name in changes:
+        if name in TAKEN or not name.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{key}: {name!r} cannot be changed by it: give dotted keys of model, train or knowledge other than "
+                f"{', '.join(TAKEN)}"
+            )
+
+
+def _with(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a configuration's tree with other values at dotted keys."""
+    changed = dict(tree)
+    for key, value in changes.items():
+        section, _, rest = key.partition(".")
+        inside = changed.get(section)
+        if rest:
+            if not isinstance(inside, Mapping):
+                inside = {}  # no such section: refused when the tree is read
+            changed[section] = _with(inside, {rest: value})
+        else:
+            changed[section] = value
+    return changed
+
+
+def _at_rate(config: Config, rate: float, seeds: tuple[int, ...]) -> Config:
+    train, changed = config.train, {"learning_rate": rate}
+    if train.embedding_learning_rate is not None:
+        ratio = train.embedding_learning_rate / train.learning_rate
+        changed["embedding_learning_rate"] = float(f"{ratio * rate:.4g}")
+    experiment = config.experiment.model_copy(update={"seeds": seeds})
+    return config.model_copy(update={"train": train.model_copy(update=changed), "experiment": experiment})

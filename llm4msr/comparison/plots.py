@@ -1,0 +1,231 @@
+"""The plots of a comparison as PNG bytes: matplotlib's Agg, no display, no state shared between figures.
+
+Colours are Okabe and Ito's, told apart with any colour vision; each variant has a marker of its own as well. matplotlib
+is imported when something is drawn: it makes folders in the user's home.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm4msr.comparison.results import SPLIT, Record
+from llm4msr.comparison.tables import SLICE_NAMES
+from llm4msr.schema import ALL_SCENARIOS
+
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F")
+MARKERS = "osD^vPX*"
+DOTS_PER_INCH = 110
+PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 3.6, 3.0, 4
+Summaries = Sequence[Mapping[str, Any]]
+
+
+def draw_plots(
+    records: Sequence[Record],
+    scenarios: Summaries,
+    activity: Summaries,
+    cold: Summaries,
+    models: Sequence[tuple[str, str]],
+    reference: str,
+) -> dict[str, bytes]:
+    """Draws all plots.
+
+    Args:
+        records: Of `results.read_records`.
+        scenarios: Of `results.scenario_summaries`.
+        activity: Of `results.slice_summaries`, kind "user activity".
+        cold: The same, kinds "user" and "item".
+        models: Backbone and variant, in order.
+        reference: The variant that gains are measured against.
+
+    Returns:
+        PNG bytes by file name.
+    """
+    import matplotlib
+
+    styles = _styles(dict.fromkeys(variant for _, variant in models))
+    backbones = list(dict.fromkeys(backbone for backbone, _ in models))
+    counted = records[0]["detail"]["counted"]
+    with matplotlib.rc_context({"text.parse_math": False}):  # names are shown as they are
+        return {
+            "auc_by_scenario.png": _auc_by_scenario(scenarios, backbones, styles),
+            "calibration.png": _calibration(records, backbones, styles),
+            "training_curves.png": _curves(records, backbones, styles),
+            "gain_by_user_activity.png": _gains(
+                activity, backbones, styles, reference, f"training {counted} of the user"
+            ),
+            "gain_cold.png": _gains(cold, backbones, styles, reference, f"by training {counted}"),
+        }
+
+
+def _styles(variants: Any) -> dict[str, dict[str, str]]:
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(variants)
+    }
+
+
+def _auc_by_scenario(rows: Summaries, backbones: list[str], styles: Mapping[str, Mapping[str, str]]) -> bytes:
+    """One panel per scenario; a line of dots per backbone, one dot per variant, bars of one deviation."""
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    height = 1.8 + len(backbones) * max(0.16 * len(styles), 0.45)
+    figure, axes = _figure(1, len(scenarios), 3.9, height, sharey=True)
+    for axis, scenario in zip(axes, scenarios, strict=True):
+        for place, (variant, style) in enumerate(styles.items()):
+            shift = 0.7 * ((place + 0.5) / len(styles) - 0.5)
+            found = [r for r in rows if (r["scenario"], r["variant"]) == (scenario, variant) and r["auc"] is not None]
+            axis.errorbar(
+                [row["auc"] for row in found],
+                [backbones.index(row["backbone"]) + shift for row in found],
+                xerr=[row["auc_std"] or 0.0 for row in found],
+                label=variant,
+                linestyle="none",
+                markersize=5,
+                capsize=2.5,
+                **style,
+            )
+        axis.set_title("all scenarios" if scenario == ALL_SCENARIOS else scenario)
+        axis.set_xlabel("AUC on test")
+        axis.set_yticks(range(len(backbones)), backbones)
+        axis.set_ylim(len(backbones) - 0.5, -0.5)
+        for edge in range(1, len(backbones)):
+            axis.axhline(edge - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    return _finish(figure, axes, "AUC by scenario: mean and standard deviation over seeds")
+
+
+def _calibration(records: Sequence[Record], backbones: list[str], styles: Mapping[str, Mapping[str, str]]) -> bytes:
+    """A panel per backbone: share of positives over mean score in ten bins of equally many rows, mean over seeds."""
+    figure, axes = _panels(backbones)
+    for axis, backbone in zip(axes, backbones, strict=False):
+        highest = 0.0
+        for variant, style in styles.items():
+            bins: dict[int, list[tuple[float, float]]] = {}
+            for record in _of(records, backbone, variant):
+                curve = [r for r in record["detail"]["reliability"] if (r["split"], r["scenario"]) == (SPLIT, "all")]
+                for number, row in enumerate(curve):
+                    bins.setdefault(number, []).append((row["mean_score"], row["mean_label"]))
+            points = [tuple(map(statistics.fmean, zip(*values, strict=True))) for values in bins.values()]
+            if points:
+                highest = max(highest, *map(max, points))
+                axis.plot(*zip(*points, strict=True), label=variant, markersize=4, linewidth=1.2, **style)
+        axis.plot([0, highest], [0, highest], color="#888888", linestyle="--", linewidth=1, zorder=0)
+        axis.set_title(backbone)
+        axis.set_xlabel("mean score")
+        axis.set_ylabel("share of positives")
+    return _finish(figure, axes, "Calibration on test, all scenarios: ten bins of equally many rows (dashed: perfect)")
+
+
+def _curves(records: Sequence[Record], backbones: list[str], styles: Mapping[str, Mapping[str, str]]) -> bytes:
+    """A panel per backbone: a thin line per seed, the kept epoch marked."""
+    figure, axes = _panels(backbones)
+    for axis, backbone in zip(axes, backbones, strict=False):
+        for variant, style in styles.items():
+            for number, record in enumerate(_of(records, backbone, variant)):
+                values = [epoch["valid_auc"] for epoch in record["history"]]
+                axis.plot(
+                    range(1, len(values) + 1),
+                    values,
+                    label=variant if number == 0 else None,
+                    linewidth=1.1,
+                    alpha=0.75,
+                    markevery=[record["best_epoch"]],
+                    markersize=6,
+                    **style,
+                )
+        axis.set_title(backbone)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("mean scenario AUC on valid")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure, axes, "Training curves: a line per seed, the kept epoch marked")
+
+
+def _gains(
+    rows: Summaries,
+    backbones: list[str],
+    styles: Mapping[str, Mapping[str, str]],
+    reference: str,
+    label: str,
+) -> bytes:
+    """A panel per backbone: AUC minus the reference's in each slice, bars of one deviation of the differences."""
+    slices = list(dict.fromkeys((r["kind"], r["slice"]) for r in rows if r["num_rows"]))
+    sizes = {(r["kind"], r["slice"]): r["num_rows"] for r in rows}
+    names = [f"{SLICE_NAMES.get(key, key[1])}\n({_short(sizes[key])} rows)" for key in slices]
+    shown = {variant: style for variant, style in styles.items() if variant != reference}
+    figure, axes = _panels(backbones, max(PANEL_WIDTH, 0.95 * len(slices)))
+    for axis, backbone in zip(axes, backbones, strict=False):
+        for place, (variant, style) in enumerate(shown.items()):
+            shift = 0.6 * ((place + 0.5) / len(shown) - 0.5)
+            found = [r for r in rows if (r["backbone"], r["variant"]) == (backbone, variant) and r["gain"]]
+            axis.errorbar(
+                [slices.index((row["kind"], row["slice"])) + shift for row in found],
+                [row["gain"]["mean"] for row in found],
+                yerr=[row["gain"]["std"] or 0.0 for row in found],
+                label=variant,
+                linestyle="none",
+                markersize=5,
+                capsize=2.5,
+                **style,
+            )
+        axis.axhline(0, color="#888888", linewidth=1, zorder=0)
+        axis.set_title(backbone)
+        axis.set_xticks(range(len(slices)), names, fontsize=7.5)
+        axis.set_xlim(-0.5, len(slices) - 0.5)
+        axis.set_xlabel(label)
+        axis.set_ylabel(f"AUC gain over {reference}")
+    title = f"AUC gain over “{reference}” on test, all scenarios: mean and standard deviation over seeds"
+    return _finish(figure, axes, title)
+
+
+def _of(records: Sequence[Record], backbone: str, variant: str) -> list[Record]:
+    return [r for r in records if r["chosen"] and (r["backbone"], r["variant"]) == (backbone, variant)]
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k"
+
+
+def _panels(backbones: Sequence[str], width: float = PANEL_WIDTH) -> tuple[Any, list[Any]]:
+    columns = min(len(backbones), max(int(MOST_COLUMNS * PANEL_WIDTH / width), 1))
+    rows = math.ceil(len(backbones) / columns)
+    figure, axes = _figure(rows, columns, width, rows * PANEL_HEIGHT + 0.8)
+    for axis in axes[len(backbones) :]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(width * columns, 6.0), height), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axis in axes:
+        axis.grid(color="#eeeeee", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Sequence[Any], title: str) -> bytes:
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
+    figure.suptitle(title, fontsize=11)
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=min(len(entries), 6),
+            frameon=False,
+            fontsize=9,
+        )
+    out = io.BytesIO()
+    figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
+    return out.getvalue()

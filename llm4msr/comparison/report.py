@@ -1,0 +1,199 @@
+"""Writes what a comparison found: results.csv, summary.json, table.md, plots/*.png, report.html; manifest.json last.
+
+The manifest is written only when no run failed: a comparison without one is not complete, though its report is there.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from llm4msr import __version__, storage
+from llm4msr.comparison import tables
+from llm4msr.comparison.html import write_html
+from llm4msr.comparison.plan import COMPARE_VERSION, Choice, Comparison, Failure
+from llm4msr.comparison.plots import draw_plots
+from llm4msr.comparison.results import (
+    Record,
+    model_names,
+    read_records,
+    runs_of,
+    scenario_summaries,
+    slice_summaries,
+    write_csv,
+)
+from llm4msr.config import digest
+from llm4msr.data.prepared import PreparedData
+
+REPORTED_PACKAGES = ("ray", "torch", "numpy", "scipy", "matplotlib", "pyarrow")
+ITEM_MEAN = ("item_mean", "baseline")
+PLOTS = {
+    "auc_by_scenario.png": "AUC by scenario",
+    "gain_by_user_activity.png": "Gain by user activity",
+    "gain_cold.png": "Gain for cold and warm users and items",
+    "calibration.png": "Calibration",
+    "training_curves.png": "Training curves",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: where, the summary, and the tables that a terminal shows."""
+
+    uri: str
+    summary: dict[str, Any]
+    grids: tuple[tables.Grid, ...]
+
+
+def write_report(
+    comparison: Comparison,
+    choices: Sequence[Choice],
+    failures: Mapping[str, Failure],
+    item_mean: Sequence[Mapping[str, Any]],
+    command: str,
+) -> Report:
+    """Writes the report.
+
+    Args:
+        comparison: What was planned.
+        choices: Learning rates, by model.
+        failures: By run.
+        item_mean: Report rows of the item-mean baseline.
+        command: That made the report.
+    """
+    config, uri = comparison.config, comparison.uri
+    section, names = config.compare, model_names(comparison)
+    records = read_records(comparison, choices, failures)
+    scenarios = scenario_summaries(records, names, section.reference)
+    activity = slice_summaries(records, names, section.reference, ["user activity"])
+    cold = slice_summaries(records, names, section.reference, ["user", "item"])
+    counted = records[0]["detail"]["counted"]
+    data = PreparedData.open(comparison.prepared_uri).manifest["data"]
+    summary = {
+        "command": command,
+        "models": _models(comparison, choices, records, failures),
+        "scenarios": _with_item_mean(scenarios, item_mean),
+        "slices": activity + cold,
+        "failures": [{"run": name, "message": f.message, "details": f.details} for name, f in failures.items()],
+        "num_tests": sum(row["gain"] is not None and row["gain"]["p"] is not None for row in scenarios),
+        "seeds": list(config.experiment.seeds),
+        "tuning_seed": section.tuning_seed,
+        "reference": section.reference,
+        "cold": {"max_rows": section.cold_max_rows, "counted": counted},
+        "data": data,
+        "prepared": comparison.prepared_uri.rsplit("/", 1)[-1],
+        "config": config.model_dump(mode="json"),
+        "config_digest": digest(config),
+        "versions": {
+            "llm4msr": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in REPORTED_PACKAGES},
+        },
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    sentences = tables.how_to_read(section.reference, config.experiment.seeds, section.cold_max_rows, counted)
+    if summary["num_tests"]:
+        sentences.append(f"The tables by scenario hold {summary['num_tests']} tests.")
+    rates = {name: choice.learning_rate for name, choice in zip(names, choices, strict=True)}
+    shown = [*tables.scenario_grids(summary["scenarios"], rates), *tables.slice_grids(cold)]
+    last = [tables.tuning_grid(summary["models"]), tables.data_grid(data)]
+    if failures:
+        last.insert(0, tables.failure_grid(summary["failures"]))
+        sentences.insert(0, f"Failed runs: {len(failures)}, listed below. They are missing from all figures.")
+    heading = f"Comparison of {len(names)} models on {', '.join(_scenario_names(scenarios))}"
+    plots = draw_plots(records, scenarios, activity, cold, names, section.reference)
+    write_csv(storage.join(uri, "results.csv"), records)
+    storage.write_json(storage.join(uri, "summary.json"), summary)
+    for name, image in plots.items():
+        _write(storage.join(uri, "plots", name), image)
+    _write(storage.join(uri, "table.md"), tables.markdown(heading, sentences, [*shown, *last]).encode())
+    page = write_html(
+        heading,
+        sentences,
+        shown,
+        {title: (f"{title}; the figures are in results.csv", plots[name]) for name, title in PLOTS.items()},
+        last,
+        command,
+        _facts(comparison, summary),
+    )
+    _write(storage.join(uri, "report.html"), page.encode())
+    if not failures:
+        storage.write_manifest(uri, {"kind": "comparison", "version": COMPARE_VERSION})
+    return Report(uri, summary, tuple(shown))
+
+
+def _models(
+    comparison: Comparison, choices: Sequence[Choice], records: Sequence[Record], failures: Mapping[str, Failure]
+) -> list[dict[str, Any]]:
+    found = {(r["backbone"], r["variant"], r["run"]): r for r in records}
+    models = []
+    for model, choice in zip(comparison.models, choices, strict=True):
+        runs = []
+        for rate, task, chosen in runs_of(model, choice):
+            record = found.get((model.backbone, model.variant, task.name))
+            about = {"run": task.name, "learning_rate": rate, "seed": task.seed, "chosen": chosen}
+            state = {"state": "failed" if task.name in failures else "finished"}
+            kept = {name: record and record[name] for name in ("best_epoch", "num_parameters", "seconds")}
+            runs.append(about | state | kept)
+        models.append(
+            {
+                "backbone": model.backbone,
+                "variant": model.variant,
+                "knowledge": model.knowledge,
+                "changes": model.changes,
+                "learning_rate": choice.learning_rate,
+                "tuning": [{"learning_rate": r, "valid_auc": auc} for r, auc in choice.valid_auc.items()],
+                "tied": list(choice.tied) if len(choice.tied) > 1 else [],
+                "num_parameters": next((run["num_parameters"] for run in runs if run["num_parameters"]), None),
+                "runs": runs,
+            }
+        )
+    return models
+
+
+def _with_item_mean(rows: Sequence[dict[str, Any]], item_mean: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with the baseline's in front of each scenario's."""
+    baseline = {row["scenario"]: row for row in item_mean if row["split"] == "test"}
+    out = []
+    for row in rows:
+        if not out or out[-1]["scenario"] != row["scenario"]:
+            mean = {k: v for k, v in baseline[row["scenario"]].items() if k not in ("knowledge", "seed", "split")}
+            named = dict(zip(("backbone", "variant"), ITEM_MEAN, strict=True))
+            deviations = {name: None for name in row if name.endswith("_std")}
+            out.append({**mean, **named, **deviations, "num_seeds": 1, "gain": None})
+        out.append(row)
+    return out
+
+
+def _facts(comparison: Comparison, summary: Mapping[str, Any]) -> dict[str, str]:
+    runs = {run["run"]: run for model in summary["models"] for run in model["runs"]}
+    seconds = sum(run["seconds"] or 0 for run in runs.values())
+    changed = {
+        f"{m['backbone']}, {m['variant']}": ", ".join(f"{k} = {v}" for k, v in m["changes"].items())
+        for m in summary["models"]
+        if m["changes"]
+    }
+    return {
+        "made": summary["created_at"],
+        "place": comparison.uri,
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "seed of the learning rates": str(summary["tuning_seed"]),
+        "runs": f"{len(runs)}, {seconds / 60:.1f} minutes of training in all",
+        "data": f"prepared/{summary['prepared']}",
+        "configuration": summary["config_digest"],
+        "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
+        **changed,
+    }
+
+
+def _scenario_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in dict.fromkeys(row["scenario"] for row in rows) if name != "all"]
+
+
+def _write(uri: str, data: bytes) -> None:
+    with storage.atomic_write(uri) as file:
+        file.write(data)

@@ -1,0 +1,284 @@
+"""Trains and evaluates the runs of a comparison as Ray tasks, one process and one run at a time each.
+
+First every model's learning rates with one seed; as soon as those of a model have ended, all seeds at the best of them.
+A run that fails is noted and the others go on; the next call tries it again. A run that was stopped, by whatever, goes
+on from its last checkpoint. What a run's evaluation found lies beside its checkpoint, so a finished run costs a look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llm4msr import storage
+from llm4msr.comparison.plan import (
+    DETAIL_FILE,
+    EVALUATION_FILE,
+    Choice,
+    Comparison,
+    Failure,
+    Model,
+    choose,
+    mean_valid_auc,
+)
+from llm4msr.config import Config, ConfigError
+from llm4msr.evaluation import evaluate_in_detail, evaluate_item_mean
+from llm4msr.training.loop import train_worker
+from llm4msr.training.signals import sigterm_event
+from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
+
+logger = logging.getLogger("llm4msr.compare")
+
+POLL_S = 0.5
+ITEM_MEAN_FILE = "item_mean.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a comparison: the choice of each model, in order, and the failures by the run's name."""
+
+    choices: tuple[Choice, ...]
+    failures: dict[str, Failure]
+
+
+def train_all(comparison: Comparison) -> Outcome:
+    """Does what is missing of a comparison; Ray must be initialised.
+
+    Raises:
+        ConfigError: A run needs more than this machine has.
+        TrainingError: No run could be trained.
+        TrainingInterrupted: SIGTERM came; the same call goes on.
+    """
+    with sigterm_event() as stop:
+        outcome = _Running(comparison).until_done(stop)
+    if all(choice.learning_rate is None for choice in outcome.choices):
+        first = next(iter(outcome.failures.values()))
+        raise TrainingError(f"{comparison.uri}: none of {len(outcome.failures)} runs could be trained: {first.message}")
+    return outcome
+
+
+def item_mean(comparison: Comparison) -> list[dict[str, Any]]:
+    """Returns the report rows of the item-mean baseline, kept beside the comparison's report."""
+    place = storage.join(comparison.uri, ITEM_MEAN_FILE)
+    if not storage.exists(place):
+        rows = ray.get(ray.remote(num_cpus=1)(evaluate_item_mean).remote(comparison.prepared_uri))
+        storage.write_json(place, rows)
+    return storage.read_json(place)
+
+
+def run_resources(config: Config) -> dict[str, float]:
+    """Returns the processors and GPUs of one run.
+
+    Raises:
+        ConfigError: No node of this machine's own cluster has as much.
+    """
+    section = config.compare
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max([int(node.get(kind, 0)) for node in nodes], default=0) for kind in ("CPU", "GPU")}
+    gpus = min(most["GPU"], 1) if section.gpus_per_run == "auto" else section.gpus_per_run
+    for key, wanted, there in (("cpus", section.cpus_per_run, most["CPU"]), ("gpus", gpus, most["GPU"])):
+        # A cluster may grow; this machine does not, and the task would wait for ever.
+        if wanted > there and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"compare.{key}_per_run: {wanted:g} are needed, this machine has {there}")
+    return {"num_cpus": section.cpus_per_run, "num_gpus": gpus}
+
+
+def is_done(task: TrainTask, cold_max_rows: int) -> bool:
+    """Tells whether a run is trained and evaluated, cold users and items told apart by this number of rows."""
+    place = storage.join(task.run_uri, DETAIL_FILE)
+    return (
+        storage.is_finished(task.checkpoint_uri)
+        and storage.exists(storage.join(task.run_uri, EVALUATION_FILE))
+        and storage.exists(place)
+        and storage.read_json(place)["cold_max_rows"] == cold_max_rows
+    )
+
+
+def train_and_evaluate(
+    task: TrainTask, device: torch.device, cold_max_rows: int, should_stop: Callable[[], bool]
+) -> None:
+    """Trains one run in this process unless that is done, and writes down its evaluation.
+
+    Raises:
+        TrainingError: Training cannot go on.
+        TrainingInterrupted: `should_stop` said so.
+    """
+    train_worker(task, 0, 1, device, lambda metrics: None, should_stop)
+    storage.remove(task.training_uri)  # of a process that died at the end of its training
+    rows, detail = evaluate_in_detail(task.checkpoint_uri, task.prepared_uri, cold_max_rows)
+    storage.write_json(storage.join(task.run_uri, EVALUATION_FILE), rows)
+    storage.write_json(storage.join(task.run_uri, DETAIL_FILE), detail)
+
+
+class _Running:
+    """The runs that wait, are under way, and have ended."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        config = comparison.config
+        self.comparison, self.section = comparison, config.compare
+        self.resources = run_resources(config)
+        # max_calls: else every run on a GPU would have a process of its own.
+        self.run = ray.remote(max_calls=0, max_retries=config.train.max_failures, **self.resources)(_run)
+        self.waiting: deque[TrainTask] = deque()
+        self.under_way: dict[ray.ObjectRef, TrainTask] = {}
+        self.ended: dict[str, Failure | None] = {}  # None: finished
+        self.known: set[str] = set()
+        self.open = dict(enumerate(comparison.models))
+        self.choices: dict[int, Choice] = {}
+        seeds = len(set(config.experiment.seeds) - {self.section.tuning_seed})
+        self.num_runs = sum(len(model.tuning) + seeds for model in comparison.models)
+
+    def until_done(self, stop: threading.Event) -> Outcome:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.flag = _StopFlag.options(scheduling_strategy=here).remote()
+        for model in self.comparison.models:
+            self._want(model.tuning.values())
+        self._choose()
+        logger.info("%s: %d runs, %d done before", self.comparison.uri, self.num_runs, len(self.ended))
+        while self.waiting or self.under_way:
+            if stop.is_set():
+                self._end()
+            self._start()
+            self._collect()
+            self._choose()
+        choices = tuple(self.choices[i] for i in range(len(self.choices)))
+        return Outcome(choices, {name: failure for name, failure in self.ended.items() if failure})
+
+    def _want(self, tasks: Any) -> None:
+        for task in tasks:
+            if task.name in self.known:
+                continue
+            self.known.add(task.name)
+            if is_done(task, self.section.cold_max_rows):
+                self.ended[task.name] = None
+            else:
+                self.waiting.append(task)
+
+    def _start(self) -> None:
+        most = self.section.max_concurrent
+        while self.waiting and (most == "auto" or len(self.under_way) < most):
+            task = self.waiting.popleft()
+            on_gpu = self.resources["num_gpus"] > 0
+            reference = self.run.options(name=task.name).remote(
+                task, self.section.cpus_per_run, on_gpu, self.section.cold_max_rows, self.flag
+            )
+            self.under_way[reference] = task
+
+    def _collect(self) -> None:
+        done, _ = ray.wait(list(self.under_way), timeout=POLL_S)
+        for reference in done:
+            task = self.under_way.pop(reference)
+            try:
+                failure = ray.get(reference)
+            except ray.exceptions.RayError as error:  # the process died, again and again
+                failure = Failure(" ".join(str(error).split())[:500])
+            self.ended[task.name] = failure
+            if failure:
+                logger.warning("%s failed; the same command tries it again: %s", task.name, failure.message)
+            else:
+                logger.info("run %d of %d: %s: %s", len(self.ended), self.num_runs, task.name, _valid(task))
+
+    def _choose(self) -> None:
+        """Chooses the learning rates of the models whose runs for it have ended, and wants their seeds."""
+        for index, model in list(self.open.items()):
+            if all(task.name in self.ended for task in model.tuning.values()):
+                del self.open[index]
+                self.choices[index] = choice = choose(self._valid_auc(model))
+                if choice.learning_rate is None:
+                    logger.warning("%s %s: no learning rate could be trained", model.backbone, model.variant)
+                else:
+                    logger.info("%s %s: learning rate %g", model.backbone, model.variant, choice.learning_rate)
+                    self._want(model.runs[choice.learning_rate])
+
+    def _valid_auc(self, model: Model) -> dict[float, float | None]:
+        return {
+            rate: None if self.ended[task.name] else mean_valid_auc(read_evaluation(task))
+            for rate, task in model.tuning.items()
+        }
+
+    def _end(self) -> None:
+        """Lets the runs under way write a checkpoint, and raises."""
+        ray.get(self.flag.set.remote())
+        if self.under_way:
+            ray.wait(list(self.under_way), num_returns=len(self.under_way))
+        raise TrainingInterrupted(
+            f"stopped as asked after {len(self.ended)} of {self.num_runs} runs; the same command goes on, "
+            "unfinished runs from their last checkpoints"
+        )
+
+
+def read_evaluation(task: TrainTask) -> list[dict[str, Any]]:
+    """Returns the report rows of a finished run."""
+    return storage.read_json(storage.join(task.run_uri, EVALUATION_FILE))
+
+
+def _valid(task: TrainTask) -> str:
+    return f"valid AUC {mean_valid_auc(read_evaluation(task)):.4f}"
+
+
+def _run(task: TrainTask, num_threads: int, on_gpu: bool, cold_max_rows: int, flag: Any) -> Failure | None:
+    """One run; returns why it failed, if it did."""
+    torch.set_num_threads(num_threads)
+    try:
+        with _asking(flag) as should_stop:
+            if should_stop():
+                raise TrainingInterrupted(f"{task.name}: not started")
+            train_and_evaluate(task, torch.device("cuda" if on_gpu else "cpu"), cold_max_rows, should_stop)
+    except (TrainingError, TrainingInterrupted, storage.StorageError) as error:
+        return Failure(str(error).removeprefix(f"{task.name}: "))
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+    return None
+
+
+@ray.remote(num_cpus=0)
+class _StopFlag:
+    """Tells the runs that the driver was asked to stop."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+    def set(self) -> None:
+        self.value = True
+
+    def get(self) -> bool:
+        return self.value
+
+
+@contextlib.contextmanager
+def _asking(flag: Any) -> Iterator[Callable[[], bool]]:
+    """Yields a question about the flag that costs nothing: a thread asks, the first time before this goes on.
+
+    A task that waits for Ray in its main thread gives its processor away meanwhile.
+    """
+    stop, asked, done = threading.Event(), threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon will be
+            while not stop.is_set():
+                if ray.get(flag.get.remote()):
+                    stop.set()
+                asked.set()
+                if done.wait(POLL_S):
+                    break
+        asked.set()
+
+    thread = threading.Thread(target=ask, name="stop-ask", daemon=True)
+    thread.start()
+    asked.wait()
+    try:
+        yield stop.is_set
+    finally:
+        done.set()
+        thread.join()
