@@ -96,6 +96,7 @@ class GpuBatch:
     knowledge_UK: torch.Tensor
     knowledge_index_B: torch.Tensor
     item_knowledge_index_B: None = None
+    histories: tuple[torch.Tensor, ...] = ()
 
 
 def make_batches(schema: FeatureSchema, batch_size: int, rows_per_user: int, device: str) -> list[GpuBatch]:
