@@ -21,7 +21,7 @@ from jobs.report import print_table
 from jobs.session import run_job
 from jobs.train import train
 from llm4msr import __version__, storage, workspace
-from llm4msr.config import Config, digest
+from llm4msr.config import CONTROLS, Config, digest
 
 logger = logging.getLogger("llm4msr.jobs")
 REPORTED_PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy")
@@ -52,8 +52,8 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     trained = stage("train", train)
     results = stage("evaluate", evaluate)
 
-    # The control is never served; of the others, the best on valid.
-    served = [run for run in trained if run["knowledge"] != "shuffled"] or trained
+    # Controls are never served; of the others, the best on valid.
+    served = [run for run in trained if run["knowledge"] not in CONTROLS] or trained
     checkpoint = f"runs/{max(served, key=lambda run: run['valid_auc'])['model_version']}/checkpoint"
     report = {
         "results": results,

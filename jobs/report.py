@@ -12,7 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
-LABELS = {"none": "{} alone", "llm": "{} + LLM4MSR", "shuffled": "{} + LLM4MSR (shuffled)"}
+LABELS = {
+    "none": "{} alone",
+    "llm": "{} + LLM4MSR",
+    "shuffled": "{} + LLM4MSR (shuffled)",
+    "random": "{} + LLM4MSR (random)",
+}
 
 
 def summarise(results: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:

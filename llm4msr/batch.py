@@ -1,26 +1,31 @@
 """Rows to tensors: the one encoding path of training, evaluation and serving.
 
 A prepared row names its user and item by their rows in the feature tables; `Collator` gathers their features and
-the knowledge of the distinct users and items from memory. Context features come with the row. Nothing here knows
-where rows come from, so a request is encoded exactly as a training row is.
+the knowledge of the distinct users and items from memory, and cuts what the user liked before the row out of the logs.
+Context features come with the row. Nothing here knows where rows come from, so a request is encoded exactly as a
+training row is.
 
-Axes: B rows, F categorical features, N numeric features, T sequence length, U distinct users or items + 1, K knowledge
-width.
+Axes: B rows, F categorical features, N numeric features, T length of a sequence or history, U distinct users or items
++ 1, K knowledge width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from llm4msr.knowledge.table import KnowledgeTable
-from llm4msr.schema import UNSEEN_INDEX, Feature, FeatureSchema, Source
+from llm4msr.schema import ITEM_ID, PADDING_INDEX, UNSEEN_INDEX, Feature, FeatureSchema, Source
 
-Rows = Mapping[str, np.ndarray]  # columns of schema.rows_schema, each of length B
+if TYPE_CHECKING:
+    from llm4msr.data.history import LikeLog
+
+Rows = Mapping[str, np.ndarray]  # columns of schema.rows_schema: (B,), or (B, T) of a sequence
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Batch:
     Attributes:
         ids_BF: int64 embedding indices, features in schema order.
         numeric_BN: float32, standardised.
-        sequences: int64 (B, T) per sequence feature, padded with 0.
+        sequences: int64 (B, T) per sequence feature, padded with 0 at the end.
         scenario_B: int64 scenario index.
         label_B: float32 0 or 1.
         row_id_B: int64.
@@ -38,6 +43,7 @@ class Batch:
         knowledge_index_B: int64 rows of knowledge_UK.
         item_knowledge_UK: The same of the batch's distinct items.
         item_knowledge_index_B: int64 rows of item_knowledge_UK.
+        histories: int64 (B, T) indices of item_id per history feature, oldest first, padded with 0 at the end.
     """
 
     ids_BF: torch.Tensor
@@ -50,6 +56,7 @@ class Batch:
     knowledge_index_B: torch.Tensor | None = None
     item_knowledge_UK: torch.Tensor | None = None
     item_knowledge_index_B: torch.Tensor | None = None
+    histories: tuple[torch.Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scenario_B)
@@ -117,13 +124,19 @@ class Collator:
         users: Features by user_row.
         items: Features by item_row.
         knowledge: Knowledge by user_row and item_row; None for a model without it.
+        logs: What users liked, of each log that a history feature of the schema reads.
 
     Raises:
-        ValueError: The knowledge is of another number of users or items.
+        ValueError: The knowledge is of another number of users or items, or a log is missing.
     """
 
     def __init__(
-        self, schema: FeatureSchema, users: EntityFeatures, items: EntityFeatures, knowledge: KnowledgeTable | None
+        self,
+        schema: FeatureSchema,
+        users: EntityFeatures,
+        items: EntityFeatures,
+        knowledge: KnowledgeTable | None,
+        logs: Mapping[str, LikeLog] | None = None,
     ) -> None:
         if knowledge is not None:
             for level, rows, index_N in (
@@ -141,14 +154,30 @@ class Collator:
         self.num_scenarios = len(schema.scenarios)
         self.context_ids = [f.name for f in schema.select("categorical", "context")]
         self.context_numeric = [f.name for f in schema.select("numeric", "context")]
+        self.context_sequences = [f.name for f in schema.select("sequence", "context")]
+        self.histories = schema.select("history")
+        self.history_columns = schema.history_columns
+        self.logs = {} if logs is None else logs
+        if missing := sorted(set(self.history_columns) - set(self.logs)):
+            raise ValueError(f"the data has history features of {missing}, whose logs were not given")
+        if self.histories:
+            item_id = [f.name for f in schema.select("categorical", "item")].index(ITEM_ID)
+            self.item_index_N = items.ids[:, item_id].astype(np.int64)
 
     @property
     def columns(self) -> list[str]:
         """The columns of prepared rows that are read; time and position are not."""
-        return ["row_id", "user_row", "item_row", "scenario", "label", *self.context_ids, *self.context_numeric]
+        context = (*self.context_ids, *self.context_numeric, *self.context_sequences)
+        return ["row_id", "user_row", "item_row", "scenario", "label", *self.history_columns.values(), *context]
 
-    def __call__(self, rows: Rows) -> Batch:
-        """Encodes B rows; their order is kept."""
+    def __call__(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None, training: bool = False) -> Batch:
+        """Encodes B rows; their order is kept.
+
+        Args:
+            rows: The rows.
+            training: Their users' knowledge is that which does not quote the row's item (`llm4msr.knowledge.folds`).
+            liked: Item rows, oldest first, by log: what all these rows' user liked, instead of the logs.
+        """
         user_row_B, item_row_B = rows["user_row"], rows["item_row"]
         num_rows = len(user_row_B)
 
@@ -164,7 +193,11 @@ class Collator:
         knowledge = {}
         if self.knowledge is not None:
             table = self.knowledge
-            user_UK, user_B = _gather_distinct(table.users_NK, table.user_index_N[user_row_B])
+            if training and table.folds is not None:
+                vectors_NK, index_B = table.folds.vectors_NK, table.folds.rows(user_row_B, item_row_B)
+            else:
+                vectors_NK, index_B = table.users_NK, table.user_index_N[user_row_B]
+            user_UK, user_B = _gather_distinct(vectors_NK, index_B)
             item_UK, item_B = _gather_distinct(table.items_NK, table.item_index_N[item_row_B])
             knowledge = {
                 "knowledge_UK": user_UK,
@@ -179,12 +212,30 @@ class Collator:
                 torch.from_numpy(table[entity_row].astype(np.int64))
                 for entity, entity_row in ((self.users, user_row_B), (self.items, item_row_B))
                 for table in entity.sequences
-            ),
+            )
+            + tuple(torch.from_numpy(rows[name].astype(np.int64)) for name in self.context_sequences),
             scenario_B=torch.from_numpy(rows["scenario"].astype(np.int64)),
             label_B=torch.from_numpy(rows["label"].astype(np.float32)),
             row_id_B=torch.from_numpy(rows["row_id"].astype(np.int64)),
+            histories=tuple(self._history(feature, rows, liked) for feature in self.histories),
             **knowledge,
         )
+
+    def _history(self, feature: Feature, rows: Rows, liked: Mapping[str, np.ndarray] | None) -> torch.Tensor:
+        """Returns the items (B, T) that one history feature holds."""
+        if liked is not None:
+            item_row_N, begin_B = liked[feature.log], np.zeros(len(rows["user_row"]), np.int64)
+            end_B = begin_B + len(item_row_N)
+        else:
+            log = self.logs[feature.log]
+            item_row_N, begin_B = log.item_row_N, log.offset_U[rows["user_row"]]
+            end_B = begin_B + rows[self.history_columns[feature.log]]
+        begin_B = np.maximum(begin_B, end_B - feature.max_length)
+        place_BT = begin_B[:, None] + np.arange(feature.max_length)
+        index_BT = np.full(place_BT.shape, PADDING_INDEX, np.int64)
+        held_BT = place_BT < end_B[:, None]
+        index_BT[held_BT] = self.item_index_N[item_row_N[place_BT[held_BT]]]
+        return torch.from_numpy(index_BT)
 
 
 def _gather_distinct(vectors_NK: np.ndarray, row_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,10 +17,11 @@ import pyarrow as pa
 import torch
 
 from llm4msr.batch import Rows
-from llm4msr.schema import FIRST_INDEX, PADDING_INDEX, UNSEEN_INDEX, Feature, KeyType
+from llm4msr.schema import ALL_SCENARIOS, FIRST_INDEX, PADDING_INDEX, UNSEEN_INDEX, Feature, KeyType
 from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
 
 Key = int | str
+ContextValue = Key | float | Sequence[Key | float]
 INT64 = np.iinfo(np.int64)
 # Among N numbers none lies more than sqrt(N - 1) standard deviations from their mean: what is farther is a mistake,
 # and large enough a one would leave the model without a finite score.
@@ -36,23 +37,35 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True)
+class LikedItem:
+    """One like of a user: the raw id of the item, and the name of the scenario where it was liked."""
+
+    item: Key
+    scenario: str
+
+
+@dataclass(frozen=True)
 class RankRequest:
-    """One user, one scenario, N candidates.
+    """One user, one scenario, N candidates, and where they are fresher than the model's logs the user's likes.
 
     Attributes:
         user: Raw user id.
         scenario: Scenario name.
         items: Raw item ids.
         top_k: Results returned, the best first; None returns all.
-        context: Values of context features by name, the same for all candidates. As in training, an absent category
-            adds nothing, a given one that training has not seen is unseen, and an absent number is its mean.
+        context: Values of context features by name, the same for all candidates; of a sequence a list. As in training,
+            an absent category or list adds nothing, a given value that training has not seen is unseen, and an absent
+            number is its mean.
+        history: What the user liked, oldest first, for the model's history features, instead of the likes that the
+            model's logs have of this user; None takes these.
     """
 
     user: Key
     scenario: str
     items: Sequence[Key]
     top_k: int | None = None
-    context: Mapping[str, Key | float] | None = None
+    context: Mapping[str, ContextValue] | None = None
+    history: Sequence[LikedItem] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,8 @@ class Ranker:
         self.context = {f.name: f for f in schema.features if f.source == "context"}
         self.context_index = {
             f.name: {v: i for i, v in enumerate(checkpoint.vocabulary(f.name).to_pylist(), start=FIRST_INDEX)}
-            for f in schema.select("categorical", "context")
+            for kind in ("categorical", "sequence")
+            for f in schema.select(kind, "context")
         }
 
     @classmethod
@@ -163,7 +177,8 @@ class Ranker:
         """Scores the candidates of one request.
 
         Raises:
-            RequestError: Unknown scenario or context feature, no candidates, or an id or value of the wrong type.
+            RequestError: Unknown scenario or context feature, no candidates, an id or value of the wrong type, or a
+                history that the model does not read.
         """
         started = time.perf_counter()
         names = self.checkpoint.schema.scenario_names
@@ -185,9 +200,14 @@ class Ranker:
             "item_row": distinct_U,
             "scenario": np.full(num_rows, names.index(request.scenario), np.int32),
             "label": np.zeros(num_rows, np.int8),
+            **{
+                column: np.full(num_rows, self.checkpoint.collator.logs[log].num_likes(user_row), np.int32)
+                for log, column in self.checkpoint.schema.history_columns.items()
+            },
             **self._context_columns(request.context or {}, num_rows),
         }
-        score_N = self.score(rows)[index_N]
+        liked = None if request.history is None else self._liked(request.history)
+        score_N = self.score(rows, liked)[index_N]
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
         knowledge = self.checkpoint.knowledge if self.checkpoint.model.user_meta is not None else None
         return RankResponse(
@@ -198,27 +218,50 @@ class Ranker:
             model_ms=(time.perf_counter() - started) * 1000,
         )
 
-    def score(self, rows: Rows) -> np.ndarray:
-        """Scores prepared rows (columns of `schema.rows_schema`); returns float64 scores in their order."""
+    def score(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Scores prepared rows (columns of `schema.rows_schema`); returns float64 scores in their order.
+
+        Args:
+            rows: The rows, each with the history that it had at its moment.
+            liked: Item rows by log, to all rows the same history instead: see `Collator`.
+        """
         with torch.inference_mode():
-            logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows))
+            logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows, liked))
             return torch.sigmoid(logit_B.double()).numpy()
 
-    def _context_columns(self, context: Mapping[str, Key | float], num_rows: int) -> dict[str, np.ndarray]:
+    def _liked(self, history: Sequence[LikedItem]) -> dict[str, np.ndarray]:
+        """Returns the item rows of the likes in each log that the model reads, in the order given."""
+        schema = self.checkpoint.schema
+        if not schema.history_columns:
+            raise RequestError("history", "this model has no history features: leave history out")
+        if unknown := [liked.scenario for liked in history if liked.scenario not in schema.scenario_names]:
+            valid = ", ".join(schema.scenario_names)
+            raise RequestError("history", f"no scenario {unknown[0]!r}; valid: {valid}")
+        item_row_N = self.item_rows([liked.item for liked in history], "history")
+        scenario_N = np.array([liked.scenario for liked in history], object)
+        return {
+            log: item_row_N if log == ALL_SCENARIOS else item_row_N[scenario_N == log] for log in schema.history_columns
+        }
+
+    def _context_columns(self, context: Mapping[str, ContextValue], num_rows: int) -> dict[str, np.ndarray]:
         unknown = sorted(set(context) - set(self.context))
         if unknown:
             valid = ", ".join(sorted(self.context)) or "this model has none"
             raise RequestError("context", f"no context feature {unknown[0]!r}; valid: {valid}")
         return {
             name: np.full(
-                num_rows,
+                (num_rows, feature.max_length) if feature.kind == "sequence" else num_rows,
                 self._encode(feature, context.get(name)),
                 np.float32 if feature.kind == "numeric" else np.int32,
             )
             for name, feature in self.context.items()
         }
 
-    def _encode(self, feature: Feature, value: Key | float | None) -> float | int:
+    def _encode(self, feature: Feature, value: ContextValue | None) -> float | int | list[int]:
+        if feature.kind == "sequence":
+            return self._encode_list(feature, [] if value is None else value)
+        if isinstance(value, (list, tuple)):
+            raise RequestError("context", f"{feature.name} is one value, found a list of {len(value)}")
         if feature.kind == "numeric":
             if value is None:
                 return 0.0
@@ -236,3 +279,12 @@ class Ranker:
                 )
             return standardised
         return PADDING_INDEX if value is None else self.context_index[feature.name].get(str(value), UNSEEN_INDEX)
+
+    def _encode_list(self, feature: Feature, values: ContextValue) -> list[int]:
+        if not isinstance(values, (list, tuple)):
+            raise RequestError("context", f"{feature.name} is a list of values, found {values!r}")
+        if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (str, int, float))]:
+            raise RequestError("context", f"{feature.name} is a list of text or numbers, found {wrong[0]!r} in it")
+        index = self.context_index[feature.name]
+        known = [index.get(str(value), UNSEEN_INDEX) for value in values[: feature.max_length]]
+        return known + [PADDING_INDEX] * (feature.max_length - len(known))

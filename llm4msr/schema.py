@@ -7,6 +7,7 @@ Row 0 of every feature table is "unknown user" or "unknown item", known ones sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,9 +21,12 @@ SPLITS = ("train", "valid", "test")
 # The name that reports give to all scenarios together.
 ALL_SCENARIOS = "all"
 
-Kind = Literal["categorical", "numeric", "sequence"]
+Kind = Literal["categorical", "numeric", "sequence", "history"]
 Source = Literal["user", "item", "context"]
 KeyType = Literal["int64", "string"]
+Pooling = Literal["mean", "attention"]
+# The feature whose embeddings a history is made of.
+ITEM_ID = "item_id"
 
 
 class SchemaError(ValueError):
@@ -43,12 +47,15 @@ class Feature:
 
     Attributes:
         name: Column name in the prepared tables.
-        kind: categorical (one index), numeric (one standardised float), sequence (indices, mean-pooled).
-        source: Whose property it is. context features belong to the single row.
-        num_embeddings: Rows of the embedding table, padding and unseen included; 0 for numeric.
-        max_length: Indices per row of a sequence; 0 otherwise.
+        kind: categorical (one index), numeric (one standardised float), sequence (indices, mean-pooled), history (the
+            items that the user liked before the row's moment, by the embeddings of item_id).
+        source: Whose property it is. context features belong to the single row. A history is the user's.
+        num_embeddings: Rows of the embedding table, padding and unseen included; 0 for numeric and history.
+        max_length: Indices per row of a sequence or history; 0 otherwise.
         mean: Mean over train rows of a numeric feature, in its own unit.
         std: Standard deviation over train rows of a numeric feature, in its own unit; never 0.
+        log: history: the scenario whose likes it holds, or `ALL_SCENARIOS`; empty otherwise.
+        pooling: history: how its items become one vector.
     """
 
     name: str
@@ -58,6 +65,8 @@ class Feature:
     max_length: int = 0
     mean: float = 0.0
     std: float = 1.0
+    log: str = ""
+    pooling: Pooling = "mean"
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,15 @@ class FeatureSchema:
             raise SchemaError(f"scenario names must differ and be at least one: {list(self.scenario_names)}")
         if ALL_SCENARIOS in self.scenario_names:
             raise SchemaError(f"no scenario can be named {ALL_SCENARIOS!r}: reports use it for all rows together")
+        logs = (ALL_SCENARIOS, *self.scenario_names)
+        for feature in self.select("history"):
+            if feature.log not in logs or feature.source != "user" or feature.max_length < 1 or ITEM_ID not in names:
+                raise SchemaError(
+                    f"history {feature.name!r} must be of source user with max_length of at least 1, beside a feature "
+                    f"{ITEM_ID!r}, and its log one of {list(logs)}; found {feature}"
+                )
+        if taken := sorted(set(names) & set(self.history_columns.values())):
+            raise SchemaError(f"a feature cannot be named {taken[0]!r}: prepared rows have such a column for a history")
 
     @property
     def scenario_names(self) -> tuple[str, ...]:
@@ -99,6 +117,11 @@ class FeatureSchema:
     def select(self, kind: Kind, source: Source | None = None) -> tuple[Feature, ...]:
         """Returns the features of one kind, and of one source where given, in order."""
         return tuple(f for f in self.features if f.kind == kind and source in (None, f.source))
+
+    @property
+    def history_columns(self) -> dict[str, str]:
+        """The column of prepared rows for each log that a history reads: {log: column}, each log once."""
+        return {f.log: history_column(f.log, self.scenario_names) for f in self.select("history")}
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types."""
@@ -127,6 +150,11 @@ def key_arrow_type(key_type: KeyType) -> pa.DataType:
     return {"int64": pa.int64(), "string": pa.string()}[key_type]
 
 
+def history_column(log: str, scenario_names: Sequence[str]) -> str:
+    """Returns the column of prepared rows that says how many events of the user's log lie before the row's moment."""
+    return f"history:{log if log == ALL_SCENARIOS else list(scenario_names).index(log)}"
+
+
 # A raw row that could not be used. `line` counts physical lines from 1 (the header is line 1); rows of Parquet
 # files count from 1. `raw` is the start of the row's text.
 REJECTS = pa.schema(
@@ -146,8 +174,9 @@ def events_schema(user_key: KeyType, item_key: KeyType, context: tuple[tuple[str
     Columns: user_id, item_id; scenario (index); label (0 or 1); timestamp_ms (Unix time; null where only an order
     exists); position (orders the rows of one user where times tie or are absent); split (index into `SPLITS`, null
     unless the data names it); then one column per context feature: string for categorical, float64 for numeric,
-    both nullable.
+    list of string for sequence, all nullable.
     """
+    types = {"categorical": pa.string(), "numeric": pa.float64(), "sequence": pa.list_(pa.string())}
     return pa.schema(
         [
             ("user_id", key_arrow_type(user_key)),
@@ -158,7 +187,7 @@ def events_schema(user_key: KeyType, item_key: KeyType, context: tuple[tuple[str
             ("position", pa.int64()),
             ("split", pa.int8()),
         ]
-        + [(name, pa.string() if kind == "categorical" else pa.float64()) for name, kind in context]
+        + [(name, types[kind]) for name, kind in context]
     )
 
 
@@ -167,7 +196,9 @@ def rows_schema(schema: FeatureSchema) -> pa.Schema:
 
     Columns: row_id (unique over all splits); user_row, item_row (rows of the feature tables); scenario (index);
     label (0 or 1); timestamp_ms (null where only an order exists); position (order within the user's rows of all
-    splits, 0 first; drawn negatives carry their positive's); then one column per context feature, encoded.
+    splits, 0 first; drawn negatives carry their positive's); then `FeatureSchema.history_columns` (likes of the user in
+    that log strictly before the row's moment); then one column per context feature, encoded: int32 index, float32, or
+    fixed-size list of int32 padded with 0.
     """
     return pa.schema(
         [
@@ -179,11 +210,8 @@ def rows_schema(schema: FeatureSchema) -> pa.Schema:
             ("timestamp_ms", pa.int64()),
             ("position", pa.int64()),
         ]
-        + [
-            (f.name, pa.float32() if f.kind == "numeric" else pa.int32())
-            for f in schema.features
-            if f.source == "context"
-        ]
+        + [(column, pa.int32()) for column in schema.history_columns.values()]
+        + [(f.name, _encoded_type(f)) for f in schema.features if f.source == "context"]
     )
 
 
@@ -191,15 +219,16 @@ def feature_table_schema(schema: FeatureSchema, source: Source) -> pa.Schema:
     """Returns the schema of ``users.parquet`` or ``items.parquet``, sorted by key; record i is table row i + 1.
 
     Columns: key (raw id); text (quoted in prompts, may be empty); num_train_rows; then one column per feature of
-    this source, encoded: int32 index, float32, or fixed-size list of int32 padded with 0.
+    this source but histories, encoded as the context of `rows_schema`.
     """
     key = schema.user_key_type if source == "user" else schema.item_key_type
-    types = {
-        "categorical": lambda _: pa.int32(),
-        "numeric": lambda _: pa.float32(),
-        "sequence": lambda f: pa.list_(pa.int32(), f.max_length),
-    }
     return pa.schema(
         [("key", key_arrow_type(key)), ("text", pa.string()), ("num_train_rows", pa.int64())]
-        + [(f.name, types[f.kind](f)) for f in schema.features if f.source == source]
+        + [(f.name, _encoded_type(f)) for f in schema.features if f.source == source and f.kind != "history"]
     )
+
+
+def _encoded_type(feature: Feature) -> pa.DataType:
+    if feature.kind == "sequence":
+        return pa.list_(pa.int32(), feature.max_length)
+    return pa.float32() if feature.kind == "numeric" else pa.int32()

@@ -21,10 +21,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from llm4msr import __version__
-from llm4msr.ranker import Ranker, RankRequest, RequestError
+from llm4msr.ranker import LikedItem, Ranker, RankRequest, RequestError
 from serve.schemas import (
     FeatureReply,
     HealthReply,
+    LikedBody,
     ModelReply,
     RankBody,
     RankedItemReply,
@@ -77,7 +78,8 @@ def build_api(ranker: Ranker, max_candidates: int) -> FastAPI:
                 f"{len(body.items)} candidates: at most {max_candidates} in one request; split them, "
                 "scores of different requests can be compared",
             )
-        ranking = ranker.rank(RankRequest(body.user, body.scenario, body.items, body.top_k, body.context))
+        history = None if body.history is None else [LikedItem(liked.item, liked.scenario) for liked in body.history]
+        ranking = ranker.rank(RankRequest(body.user, body.scenario, body.items, body.top_k, body.context, history))
         return RankReply(
             model_version=ranking.model_version,
             scenario=body.scenario,
@@ -127,7 +129,9 @@ def _describe(ranker: Ranker, max_candidates: int) -> ModelReply:
         backbone=metadata["backbone"],
         knowledge=metadata["knowledge"],
         scenarios=[ScenarioReply(name=s.name, description=s.description) for s in schema.scenarios],
-        features=[FeatureReply(name=f.name, kind=f.kind, source=f.source) for f in schema.features],
+        features=[
+            FeatureReply(name=f.name, kind=f.kind, source=f.source, max_length=f.max_length) for f in schema.features
+        ],
         user_key_type=schema.user_key_type,
         item_key_type=schema.item_key_type,
         num_users=checkpoint.users.num_rows,
@@ -142,14 +146,15 @@ def _explain(found: Mapping[str, Any]) -> dict[str, Any]:
     """Rewrites one validation error where FastAPI's own words do not tell the caller what to do."""
     kind, place, message, given = found["type"], list(found["loc"]), found["msg"], found.get("input")
     if kind == "extra_forbidden":
-        message = f"no such field; valid: {', '.join(RankBody.model_fields)}"
+        fields = (LikedBody if "history" in place[:-1] else RankBody).model_fields
+        message = f"no such field; valid: {', '.join(fields)}"
     elif kind == "json_invalid":
         message = f"not JSON: {found['ctx']['error']} at character {place[-1]}"
         place, given = ["body"], None
     elif isinstance(given, bytes):  # FastAPI hands on the raw body when the header does not announce JSON
         message, given = "send JSON, with the header content-type: application/json", None
     elif kind == "model_attributes_type":
-        message = "the body must be a JSON object"
+        message = f"{'the body' if place == ['body'] else 'each like'} must be a JSON object"
     elif kind == "missing" and place == ["body"]:
         message = "the request has no body: send a JSON object"
     explained = {"type": kind, "loc": place, "msg": message}

@@ -33,13 +33,27 @@ class OneMessage:
 
 
 Key = Annotated[int | str, OneMessage("id_type", "an id is a whole number or text")]
-ContextValue = Annotated[int | float | str, OneMessage("context_type", "a context value is a number or text")]
+ContextValue = Annotated[
+    int | float | str | list[int | float | str],
+    OneMessage("context_type", "a context value is a number, text, or a list of them"),
+]
+# A history feature reads the last few; more than this is a mistake.
+MAX_LIKED = 1000
 
 
 class Closed(BaseModel):
     """Base of every body: no unknown fields, no conversions; names may start with ``model_``."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class LikedBody(Closed):
+    """One like of the user."""
+
+    item: Key
+    """Raw item id. An unknown item counts as an unseen one."""
+    scenario: str
+    """Name of the scenario where it was liked."""
 
 
 class RankBody(Closed):
@@ -50,6 +64,7 @@ class RankBody(Closed):
             "examples": [
                 {"user": 1042, "scenario": "search", "items": [7001, 7002, 7003], "top_k": 2},
                 {"user": "AE2F4", "scenario": "books", "items": ["B00A", "B00B"], "context": {"device": "phone"}},
+                {"user": 7, "scenario": "rec", "items": [5, 6], "history": [{"item": 4, "scenario": "search"}]},
             ]
         }
     )
@@ -63,7 +78,11 @@ class RankBody(Closed):
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Number of results, the best first; all when left out."""
     context: dict[str, ContextValue] | None = None
-    """Values of context features by name, the same for all candidates; those left out count as absent."""
+    """Values of context features by name, the same for all candidates; a list for features of kind sequence. Those left
+    out count as absent."""
+    history: Annotated[list[LikedBody], Field(max_length=MAX_LIKED)] | None = None
+    """What the user liked, oldest first, for models with features of kind history, instead of what the model's logs
+    know of the user. Left out, the logs are used; an empty list is a user without likes."""
 
 
 class RankedItemReply(Closed):
@@ -110,10 +129,12 @@ class FeatureReply(Closed):
 
     name: str
     """Column name. Context features are named so in requests."""
-    kind: Literal["categorical", "numeric", "sequence"]
-    """categorical, numeric or sequence."""
+    kind: Literal["categorical", "numeric", "sequence", "history"]
+    """categorical, numeric, sequence, or history: items that the user liked."""
     source: Literal["user", "item", "context"]
     """Looked up by the user's id, by the item's id, or given with the request."""
+    max_length: int
+    """Values read of a sequence, the first ones, or likes of a history, the last ones; 0 for the others."""
 
 
 class ModelReply(Closed):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import torch
 
 from llm4msr import storage
 from llm4msr.config import Config
+from llm4msr.data.history import Moments, likes, log_columns, place_rows, write_logs
 from llm4msr.data.prepared import (
     ITEMS_FILE,
     REJECTS_FILE,
@@ -26,30 +29,48 @@ from llm4msr.training.tensors import write_tensors
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 30, 5
 SEARCH_SOURCES = ["box", "suggestion"]
+WORDS = ["red", "green", "blue"]
+# What histories and lists of the context may be; `tiny_prepared` adds them where asked.
+SEQUENCES = (
+    Feature("liked", "history", "user", max_length=5, log="all", pooling="attention"),
+    Feature("found", "history", "user", max_length=3, log="search"),
+    Feature("words", "sequence", "context", len(WORDS) + 2, max_length=2),
+)
 
 
-def tiny_schema(user_key_type: str = "int64") -> FeatureSchema:
-    """Two scenarios; every kind and source of feature."""
+def tiny_schema(user_key_type: str = "int64", more: tuple[Feature, ...] = ()) -> FeatureSchema:
+    """Two scenarios; every kind and source of feature but those of `SEQUENCES`, which may be added."""
+    features = (
+        Feature("user_id", "categorical", "user", NUM_USERS + 2),
+        Feature("age", "numeric", "user", mean=40.0, std=10.0),
+        Feature("item_id", "categorical", "item", NUM_ITEMS + 2),
+        Feature("genre", "categorical", "item", NUM_GENRES + 2),
+        Feature("tags", "sequence", "item", 6, max_length=3),
+        Feature("search_source", "categorical", "context", len(SEARCH_SOURCES) + 2),
+        Feature("price", "numeric", "context", mean=5.0, std=2.0),
+        *more,
+    )
     return FeatureSchema(
         scenarios=(Scenario("rec", "Recommended items."), Scenario("search", "Searched items.")),
-        features=(
-            Feature("user_id", "categorical", "user", NUM_USERS + 2),
-            Feature("age", "numeric", "user", mean=40.0, std=10.0),
-            Feature("item_id", "categorical", "item", NUM_ITEMS + 2),
-            Feature("genre", "categorical", "item", NUM_GENRES + 2),
-            Feature("tags", "sequence", "item", 6, max_length=3),
-            Feature("search_source", "categorical", "context", len(SEARCH_SOURCES) + 2),
-            Feature("price", "numeric", "context", mean=5.0, std=2.0),
-        ),
+        features=tuple(sorted(features, key=lambda f: ("user", "item", "context").index(f.source))),
         user_key_type=user_key_type,
         item_key_type="int64",
     )
 
 
-def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: str = "int64") -> PreparedData:
-    """Writes a prepared directory: users 1000.., items 7000.. (one id beyond 2**53), two buckets, learnable labels."""
+def tiny_prepared(
+    uri: str,
+    num_rows: int = 1200,
+    seed: int = 0,
+    user_key_type: str = "int64",
+    more: tuple[Feature, ...] = (),
+) -> PreparedData:
+    """Writes a prepared directory: users 1000.., items 7000.. (one id beyond 2**53), two buckets, learnable labels.
+
+    With features of `SEQUENCES` the splits follow one another in time.
+    """
     rng = np.random.default_rng(seed)
-    schema = tiny_schema(user_key_type)
+    schema = tiny_schema(user_key_type, more)
     user_keys = (
         [f"u{i:03d}" for i in range(NUM_USERS)] if user_key_type == "string" else list(range(1000, 1000 + NUM_USERS))
     )
@@ -74,10 +95,11 @@ def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: 
     for name, source, columns in ((USERS_FILE, "user", users), (ITEMS_FILE, "item", items)):
         table = pa.table(columns, schema=feature_table_schema(schema, source))
         storage.write_parquet(storage.join(uri, name), table)
-    for feature, values in (("genre", "abcde"), ("tags", "wxyz"), ("search_source", SEARCH_SOURCES)):
+    vocabularies = {"genre": "abcde", "tags": "wxyz", "search_source": SEARCH_SOURCES, "words": WORDS}
+    for feature, values in vocabularies.items():
         storage.write_parquet(vocabulary_uri(uri, feature), pa.table({"value": list(values)}))
     taste = rng.normal(size=(2, NUM_USERS, NUM_GENRES)) * 2
-    files, report_rows, row_id = {}, [], 0
+    files, report_rows, row_id, places, tables = {}, [], 0, [], []
     for split, share in zip(SPLITS, (0.7, 0.15, 0.15), strict=True):
         files[split] = []
         counts = {"rec": [0, 0], "search": [0, 0]}
@@ -86,20 +108,23 @@ def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: 
             user = rng.integers(0, NUM_USERS // 2, count) * 2 + bucket
             item, scenario = rng.integers(0, NUM_ITEMS, count), rng.integers(0, 2, count)
             label = rng.random(count) < 1 / (1 + np.exp(-taste[scenario, user, genre[item]]))
-            table = pa.table(
-                {
-                    "row_id": np.arange(row_id, row_id + count),
-                    "user_row": user + 1,
-                    "item_row": item + 1,
-                    "scenario": scenario,
-                    "label": label.astype(np.int8),
-                    "timestamp_ms": rng.integers(0, 10**12, count),
-                    "position": np.arange(count),
-                    "search_source": np.where(scenario == 1, rng.integers(2, 4, count), 0),
-                    "price": rng.normal(size=count).astype(np.float32),
-                }
-            ).cast(rows_schema(schema))
-            storage.write_parquet(storage.join(uri, bucket_file(split, bucket)), table, row_group_size=100)
+            columns = {
+                "row_id": np.arange(row_id, row_id + count),
+                "user_row": (user + 1).astype(np.int32),
+                "item_row": (item + 1).astype(np.int32),
+                "scenario": scenario.astype(np.int32),
+                "label": label.astype(np.int8),
+                "timestamp_ms": rng.integers(0, 10**12, count),
+                "position": np.arange(count),
+                "search_source": np.where(scenario == 1, rng.integers(2, 4, count), 0),
+                "price": rng.normal(size=count).astype(np.float32),
+            }
+            if more:
+                columns["timestamp_ms"] += SPLITS.index(split) * 10**12
+                words = np.where(scenario == 1, rng.integers(1, 5, (2, count)), 0)
+                columns["words"] = pa.array(words.T.tolist())
+            places.append(bucket_file(split, bucket))
+            tables.append(pa.table(columns).append_column("split", pa.array([SPLITS.index(split)] * count)))
             files[split].append({"file": bucket_file(split, bucket), "num_rows": count})
             row_id += count
             for s, name in enumerate(counts):
@@ -109,9 +134,28 @@ def tiny_prepared(uri: str, num_rows: int = 1200, seed: int = 0, user_key_type: 
         report_rows += [
             {"split": split, "scenario": name, "num_rows": n, "num_positives": p} for name, (n, p) in counts.items()
         ]
+    for place, table in zip(places, tiny_logs(uri, tables, schema), strict=True):
+        rows = table.select(rows_schema(schema).names).cast(rows_schema(schema))
+        storage.write_parquet(storage.join(uri, place), rows, row_group_size=100)
     storage.write_parquet(storage.join(uri, REJECTS_FILE), REJECTS.empty_table())
     storage.write_manifest(uri, {"kind": "prepared", "data": {"rows": report_rows}, "files": files})
     return PreparedData.open(uri)
+
+
+def tiny_logs(uri: str, tables: list[pa.Table], schema: FeatureSchema) -> list[pa.Table]:
+    """Writes the logs that the schema's histories read; returns the tables with each row's place in them."""
+    logs = log_columns(schema.select("history"), schema.scenario_names)
+    if not logs:
+        return tables
+    rows = pa.concat_tables(tables)
+    user_row_R, timestamp_ms_R = rows["user_row"].to_numpy(), rows["timestamp_ms"].to_numpy()
+    order = np.lexsort((timestamp_ms_R, user_row_R))
+    user_row_R, timestamp_ms_R, position_R = user_row_R[order], timestamp_ms_R[order], np.zeros(len(order), int)
+    rows = place_rows(rows.take(pa.array(order)), Moments(user_row_R, timestamp_ms_R, position_R), logs)
+    write_logs(uri, likes(rows, timestamp_ms_R, position_R), NUM_USERS, logs)
+    rows = rows.sort_by("row_id")
+    first = np.cumsum([0, *(len(table) for table in tables)])
+    return [rows.slice(a, b - a) for a, b in itertools.pairwise(first.tolist())]
 
 
 def tiny_knowledge(width: int = 8, seed: int = 0, items: bool = False) -> KnowledgeTable:

@@ -10,13 +10,26 @@ from pydantic import model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from llm4msr.config.base import ConfigError, Section, digest
-from llm4msr.config.data import DataConfig, MovieLensConfig, SplitConfig, SyntheticConfig, TableConfig, TableFeature
+from llm4msr.config.compare import CompareConfig, CompareVariant
+from llm4msr.config.data import (
+    AmazonConfig,
+    DataConfig,
+    MovieLensConfig,
+    SplitConfig,
+    SyntheticConfig,
+    TableConfig,
+    TableFeature,
+)
 from llm4msr.config.knowledge import KnowledgeConfig, OpenAIConfig
-from llm4msr.config.model import ExperimentConfig, MetaConfig, ModelConfig, TrainConfig
+from llm4msr.config.model import CONTROLS, ExperimentConfig, MetaConfig, ModelConfig, TrainConfig
 from llm4msr.config.tune import TuneConfig
 
 __all__ = [
+    "CONTROLS",
     "ENV_PREFIX",
+    "AmazonConfig",
+    "CompareConfig",
+    "CompareVariant",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -65,6 +78,8 @@ class Config(BaseSettings):
     """Which runs the pipeline trains and compares."""
     tune: TuneConfig = TuneConfig()
     """What jobs.tune searches."""
+    compare: CompareConfig = CompareConfig()
+    """What jobs.compare compares."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

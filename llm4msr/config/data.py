@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm4msr.config.base import Auto, Fraction, PositiveInt, Section, Seed
 
@@ -63,24 +63,18 @@ class TableFeature(Section):
     separator: str = "|"
     """sequence: what stands between two values."""
 
-    @model_validator(mode="after")
-    def _check(self) -> TableFeature:
-        if self.source == "context" and self.kind in ("text", "sequence"):
-            raise ValueError(f"feature {self.name!r}: a context feature is categorical or numeric, not {self.kind}")
-        return self
-
 
 class HistoryFeature(Section):
-    """One feature made of what the user liked before the row's time."""
+    """One feature made of what the user liked (label 1) before the row's time."""
 
-    name: str
-    """Of the feature."""
-    scenario: str | None = None
+    name: Annotated[str, Field(min_length=1)]
+    """Of the feature; no other may have it."""
+    scenario: Annotated[str, Field(min_length=1)] | None = None
     """The scenario whose likes it holds; unset: those of all scenarios, merged in time."""
     max_length: PositiveInt = 20
     """Items kept, the most recent ones."""
     pooling: Literal["mean", "attention"] = "mean"
-    """mean: their mean; attention: weighted by how each goes with the row's item (DIN)."""
+    """mean: the mean of their item_id embeddings; attention: weighted by how each goes with the row's item (DIN)."""
 
 
 class TableConfig(Section):
@@ -137,6 +131,13 @@ class TableConfig(Section):
         return self
 
 
+class KuaisarConfig(Section):
+    """KuaiSAR raw files, and the synthetic copy of them."""
+
+    bags: tuple[Literal["caption", "keyword"], ...] = ()
+    """Bags of anonymised words to read as features: caption of the item; keyword of the query, in search rows."""
+
+
 class MovieLensConfig(Section):
     """MovieLens raw files."""
 
@@ -150,7 +151,24 @@ class AmazonConfig(Section):
     """Amazon review files, one of each category; a category is a scenario."""
 
     categories: dict[str, str] = Field(default={})
-    """Scenario to its review file below data.raw_uri."""
+    """Scenario to its review file below data.raw_uri: .json or .json.gz, or a folder of such files."""
+    metadata: dict[str, str] = Field(default={})
+    """Scenario to the metadata file of its products. Products without a record are known by their id alone."""
+    scenario_descriptions: dict[str, str] = Field(default={})
+    """A sentence about each scenario for the prompts. Scenarios not named here are described by their name."""
+    positive_rating: float = 4.0
+    """Label = rating >= this; ratings are 1 to 5."""
+    max_title_words: PositiveInt = 16
+    """Words of a product's title kept, the first ones."""
+    max_categories: PositiveInt = 6
+    """Categories of a product kept, the widest ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AmazonConfig:
+        for name in ("metadata", "scenario_descriptions"):
+            if unknown := sorted(set(getattr(self, name)) - set(self.categories)):
+                raise ValueError(f"{name} names {unknown[0]!r}, which categories does not: {sorted(self.categories)}")
+        return self
 
 
 class SyntheticConfig(Section):
@@ -175,7 +193,7 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Where the logs are and how they become train, valid and test."""
 
-    kind: Literal["kuaisar", "movielens", "table", "synthetic"] = "synthetic"
+    kind: Literal["kuaisar", "movielens", "amazon", "table", "synthetic"] = "synthetic"
     """Layout of the raw files."""
     raw_uri: str | None = None
     """Folder of the raw files, local or s3://. Synthetic: where they are written (unset: below workspace_uri)."""
@@ -193,12 +211,24 @@ class DataConfig(Section):
     """Seed of the drawn negatives and of the order of rows inside a file."""
     history: tuple[HistoryFeature, ...] = ()
     """Features of the user's past, each strictly before the row's time."""
+    kuaisar: KuaisarConfig = KuaisarConfig()
+    """Settings of kind = kuaisar, and of synthetic."""
     movielens: MovieLensConfig = MovieLensConfig()
     """Settings of kind = movielens."""
+    amazon: AmazonConfig = AmazonConfig()
+    """Settings of kind = amazon."""
     table: TableConfig = TableConfig(timestamp_column="timestamp")
     """Settings of kind = table."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """Settings of kind = synthetic."""
+
+    @field_validator("history")
+    @classmethod
+    def _names_differ(cls, history: tuple[HistoryFeature, ...]) -> tuple[HistoryFeature, ...]:
+        names = [f.name for f in history]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the name {twice[0]!r} is given to more than one feature")
+        return history
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

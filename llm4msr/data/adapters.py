@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from llm4msr.config import DataConfig
+from llm4msr.data.amazon import AmazonAdapter
 from llm4msr.data.kuaisar import KuaisarAdapter
 from llm4msr.data.movielens import MovieLensAdapter
 from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.table import TableAdapter
 
-ADAPTERS: dict[str, type[KuaisarAdapter] | type[MovieLensAdapter] | type[TableAdapter]] = {
+ADAPTERS: dict[str, type[AmazonAdapter] | type[KuaisarAdapter] | type[MovieLensAdapter] | type[TableAdapter]] = {
     "kuaisar": KuaisarAdapter,
     "synthetic": KuaisarAdapter,  # the generator writes this layout
     "movielens": MovieLensAdapter,
     "table": TableAdapter,
+    "amazon": AmazonAdapter,
 }
 
 

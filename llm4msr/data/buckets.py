@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from llm4msr import storage
 from llm4msr.config import DataConfig
-from llm4msr.data import features, splits
+from llm4msr.data import features, history, splits
 from llm4msr.data.negatives import draw_negatives
 from llm4msr.data.prepared import bucket_file
 from llm4msr.data.shards import Plan
@@ -62,7 +62,8 @@ def fit_bucket(
         moments: of each numeric context feature in train.
 
     Raises:
-        DataError: A row has no timestamp, or names no split, where the configured split needs it.
+        DataError: A row has no timestamp, or names no split, where the configured split needs it, or its history
+            would hold likes of a later split.
     """
     table, num_parsed = _merged(index, plan)
     num_merged = table.num_rows
@@ -73,8 +74,10 @@ def fit_bucket(
         keep = timestamp_ms_B < thresholds.test_until_ms
         table, timestamp_ms_B = table.filter(pa.array(keep)), timestamp_ms_B[keep]
     user_row_B = features.table_rows(table["user_id"].combine_chunks(), user_keys, "user")
-    order = splits.order_rows(user_row_B, timestamp_ms_B, pc.fill_null(table["position"], 0).to_numpy())
+    position_B = pc.fill_null(table["position"], 0).to_numpy()
+    order = splits.order_rows(user_row_B, timestamp_ms_B, position_B)
     table, timestamp_ms_B, user_row_B = table.take(pa.array(order)), timestamp_ms_B[order], user_row_B[order]
+    position_B = position_B[order]
     rank_B, num_rows_B = splits.rank_in_user(user_row_B)
     if plan.data.split.kind == "time":
         split_B = splits.split_by_time(timestamp_ms_B, thresholds)
@@ -94,6 +97,9 @@ def fit_bucket(
         }
         | {f.name: table[f.name] for f in plan.context}
     )
+    if plan.data.history:
+        fitted = history.place_rows(fitted, history.Moments(user_row_B, timestamp_ms_B, position_B), plan.logs)
+        storage.write_parquet(plan.staged("likes", index), history.likes(fitted, timestamp_ms_B, position_B))
     fitted, num_drawn, num_missing = _with_negatives(fitted, pools, plan.data, index)
     storage.write_parquet(plan.staged("fitted", index), fitted, row_group_size=ROW_GROUP_ROWS)
     return {
@@ -122,7 +128,7 @@ def encode_bucket(
         index: The bucket.
         plan: The plan.
         schema: The fitted schema.
-        vocabularies: Of the categorical context features.
+        vocabularies: Of the categorical and sequence context features.
         first_row_id: row_id of each bucket's first row.
         user_rows: (num_users + 1,) train rows of each row of the users' table, row 0 unused.
         item_rows: The same of the items.
@@ -232,10 +238,12 @@ def _count_train(fitted: pa.Table, plan: Plan, bucket: int) -> dict[str, list[fl
         storage.write_parquet(plan.staged(f"rows_of_{what}", bucket), counts)
     moments = {}
     for feature in plan.context:
-        if feature.kind == "categorical":
-            values = features.count_values(train[feature.name])
-            storage.write_parquet(plan.staged(f"values/{feature.name}", bucket), values)
-        else:
-            found = features.Moments.of(features.numbers(train[feature.name]))
+        column = train[feature.name]
+        if feature.kind == "numeric":
+            found = features.Moments.of(features.numbers(column))
             moments[feature.name] = [found.weight, found.mean, found.squares]
+        else:
+            values = features.first_values(column, feature.max_length)[0] if feature.kind == "sequence" else column
+            counts = features.count_values(values)
+            storage.write_parquet(plan.staged(f"values/{feature.name}", bucket), counts)
     return moments

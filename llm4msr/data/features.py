@@ -165,7 +165,7 @@ def encode_sequence(values: pa.Array | pa.ChunkedArray, vocabulary: pa.Array, ma
 
     Values outside the vocabulary, and nulls inside a list, become 1. A null or empty list is all padding.
     """
-    flat, row, place = _first_values(values, max_length)
+    flat, row, place = first_values(values, max_length)
     index_BT = np.full((len(values), max_length), PADDING_INDEX, np.int32)
     index_BT[row, place] = encode_categorical(flat, vocabulary)
     return index_BT
@@ -232,11 +232,10 @@ def fit_entities(
             feature = fit_feature(raw, vocabulary=vocabulary)
             columns[raw.name] = pa.array(encode_categorical(values, vocabulary))
         else:
-            flat, row, _ = _first_values(values, raw.max_length)
+            flat, row, _ = first_values(values, raw.max_length)
             vocabularies[raw.name] = vocabulary = fit_vocabulary(count_values(flat, num_train_rows_N[row]), min_count)
             feature = fit_feature(raw, vocabulary=vocabulary)
-            encoded = encode_sequence(values, vocabulary, raw.max_length)
-            columns[raw.name] = pa.FixedSizeListArray.from_arrays(pa.array(encoded.reshape(-1)), raw.max_length)
+            columns[raw.name] = _lists(encode_sequence(values, vocabulary, raw.max_length))
         fitted.append(feature)
     return fitted, pa.table(columns), vocabularies
 
@@ -258,19 +257,24 @@ def encode_context(
     """Returns the encoded columns of the context features, by name.
 
     A null category becomes 0, whose embedding is zero: a feature may belong to one scenario alone, and index 1 would
-    learn nothing but the other scenarios' rows, where it is absent.
+    learn nothing but the other scenarios' rows, where it is absent. A null list is all 0 likewise.
     """
-    return {
-        f.name: pa.array(
-            encode_numeric(rows[f.name], f.mean, f.std)
-            if f.kind == "numeric"
-            else encode_categorical(rows[f.name], vocabularies[f.name], null_index=PADDING_INDEX)
-        )
-        for f in features
-    }
+
+    def encode(f: Feature) -> pa.Array:
+        if f.kind == "numeric":
+            return pa.array(encode_numeric(rows[f.name], f.mean, f.std))
+        if f.kind == "sequence":
+            return _lists(encode_sequence(rows[f.name], vocabularies[f.name], f.max_length))
+        return pa.array(encode_categorical(rows[f.name], vocabularies[f.name], null_index=PADDING_INDEX))
+
+    return {f.name: encode(f) for f in features}
 
 
-def _first_values(values: pa.Array | pa.ChunkedArray, max_length: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+def _lists(index_BT: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(index_BT.reshape(-1)), index_BT.shape[1])
+
+
+def first_values(values: pa.Array | pa.ChunkedArray, max_length: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """Returns the first values of all lists one after another, the row of each and its place in the row."""
     length_B = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = pc.list_flatten(values)

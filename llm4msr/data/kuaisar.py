@@ -4,9 +4,10 @@ The small release (`KuaiSAR_final`) and the full one (`KuaiSAR_v2`) name and ord
 are found by name. Scenario 0 is recommendation, scenario 1 is search; a label says whether the item was clicked.
 
 Features are what was known before the item was shown: the user's two one-hot fields and activity levels, the item's
-author, categories, types and music, and where a search was typed. playing_time, forward, like, follow and the two
-search columns of the recommendation log are never read: they are outcomes of the same impression and would give the
-label away. Also left out: captions (anonymised word ids), upload_time, duration_ms and the social network.
+author, categories, types and music, and where a search was typed; with data.kuaisar.bags also the words of the item's
+caption and of the query. Words are anonymised numbers. playing_time, forward, like, follow and the two search columns
+of the recommendation log are never read: they are outcomes of the same impression and would give the label away. Also
+left out: upload_time, duration_ms and the social network.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ _USER_FEATURES = ("onehot_feat1", "onehot_feat2", "search_active_level", "rec_ac
 _ITEM_FEATURES = ("author_id", *_CATEGORY_IDS, "item_type", "upload_type")
 _PADDED_WITH_0 = frozenset({"author_id", *_CATEGORY_IDS, "music_id"})
 _NO_NAME = pa.array(["empty", "空"])
+# Words kept, the first ones: of captions, and of queries.
+_CAPTION = RawFeature("caption", "item", "sequence", max_length=16)
+_KEYWORD = RawFeature("keyword", "context", "sequence", max_length=8)
+_NO_WORD = r"[^0-9]+"
 
-# Columns that events carry from `parse_events` to `merge`.
-_MERGE_COLUMNS = [("session_id", pa.string()), ("keyword", pa.string())]
-_EVENTS = events_schema("int64", "int64", (("search_source", "categorical"),))
-_PARSED_EVENTS = pa.schema([*_EVENTS, *(pa.field(*column) for column in _MERGE_COLUMNS)])
+# Columns that events carry from `parse_events` to `merge`; query_text is the keyword as it stands in the file.
+_MERGE_COLUMNS = [("session_id", pa.string()), ("query_text", pa.string())]
 # position = (place of the shard << this) + line: unique, and in the order of files and lines.
 _LINE_BITS = 40
 
@@ -103,6 +106,7 @@ class KuaisarAdapter:
         if uri is None:
             raise DataError(f"data.raw_uri is not set: kind = {config.kind!r} reads its files from there")
         self.raw_uri = storage.absolute(uri).rstrip("/")
+        self._bags = config.kuaisar.bags
 
     @cached_property
     def features(self) -> tuple[RawFeature, ...]:
@@ -112,8 +116,19 @@ class KuaisarAdapter:
         return (
             *(RawFeature(name, "user", "categorical") for name in _USER_FEATURES),
             *(RawFeature(name, "item", "categorical") for name in _ITEM_FEATURES + music),
+            *(feature for feature in (_CAPTION,) if feature.name in self._bags),
             RawFeature("search_source", "context", "categorical"),
+            *(feature for feature in (_KEYWORD,) if feature.name in self._bags),
         )
+
+    def _columns(self, role: str) -> tuple[Column, ...]:
+        caption = role == "item_features" and _CAPTION.name in self._bags
+        return _COLUMNS[role] + ((Column(_CAPTION.name, "string", nullable=True),) if caption else ())
+
+    @property
+    def _events(self) -> pa.Schema:
+        context = (("search_source", "categorical"), (_KEYWORD.name, _KEYWORD.kind))
+        return events_schema("int64", "int64", context[: 2 if _KEYWORD.name in self._bags else 1])
 
     def shards(self) -> list[Shard]:
         """Lists the raw files and looks at the header of each.
@@ -122,7 +137,7 @@ class KuaisarAdapter:
             DataError: A file or column is missing; names what was looked for and what was found.
         """
         for shard in self._shards:
-            find_columns(_COLUMNS[shard.role], read_header(shard.uri), shard.uri)
+            find_columns(self._columns(shard.role), read_header(shard.uri), shard.uri)
         return list(self._shards)
 
     def is_events(self, shard: Shard) -> bool:
@@ -130,7 +145,8 @@ class KuaisarAdapter:
         return shard.role in _EVENT_ROLES
 
     def parse_events(self, shard: Shard) -> Iterator[Block]:
-        """Parses one rec_inter or src_inter file; tables also carry session_id and keyword for `merge`."""
+        """Parses one rec_inter or src_inter file; tables also carry session_id and query_text for `merge`."""
+        schema = pa.schema([*self._events, *(pa.field(*column) for column in _MERGE_COLUMNS)])
         label, scenario = ("click", RECOMMENDATION) if shard.role == "rec_inter" else ("click_cnt", SEARCH)
         base = [s.uri for s in self._shards].index(shard.uri) << _LINE_BITS
         for block in read_csv(shard.uri, _COLUMNS[shard.role]):
@@ -149,11 +165,14 @@ class KuaisarAdapter:
                 "timestamp_ms": table["timestamp"],
                 "position": pc.add(table[LINE], base),
             }
-            for field in _PARSED_EVENTS:
-                if field.name not in columns:
-                    found = field.name in table.column_names
-                    columns[field.name] = table[field.name] if found else pa.nulls(len(table), field.type)
-            parsed = pa.table([columns[name] for name in _PARSED_EVENTS.names], schema=_PARSED_EVENTS)
+            if scenario == SEARCH:
+                columns |= {name: table[name] for name in ("search_source", "session_id")}
+                columns["query_text"] = table["keyword"]
+                if _KEYWORD.name in self._bags:
+                    columns[_KEYWORD.name] = _words(table["keyword"])
+            parsed = pa.table(
+                [columns.get(field.name, pa.nulls(len(table), field.type)) for field in schema], schema=schema
+            )
             yield Block(parsed, pa.concat_tables([*rejects, bad]).sort_by(LINE))
 
     def parse_entities(self, source: Source) -> Iterator[Block]:
@@ -165,13 +184,17 @@ class KuaisarAdapter:
             if shard.role != role:
                 continue
             english = any(name in read_header(shard.uri) for name in _ENGLISH_NAMES)
-            for block in read_csv(shard.uri, _COLUMNS[role]):
+            for block in read_csv(shard.uri, self._columns(role)):
                 table, missing = reject_rows(block.table, pc.is_null(block.table[key]), MISSING_KEY, key, shard.uri)
                 repeated = pa.array(~seen.add(table[key].to_numpy()))
                 table, duplicates = reject_rows(table, repeated, DUPLICATE_KEY, key, shard.uri)
                 text = pa.repeat("", len(table)) if source == "user" else _text(table, english)
                 columns = {"key": table[key], "text": text}
-                parsed = pa.table(columns | {name: _tokens(table[name], name) for name in features})
+                columns |= {
+                    name: _words(table[name]) if name == _CAPTION.name else _tokens(table[name], name)
+                    for name in features
+                }
+                parsed = pa.table(columns)
                 yield Block(parsed, pa.concat_tables([block.rejects, missing, duplicates]).sort_by(LINE))
 
     def negative_pools(self) -> None:
@@ -190,13 +213,15 @@ class KuaisarAdapter:
             Rows as `schema.events_schema`: first the recommendations as they were, then the searches.
         """
         is_search = pc.equal(events["scenario"], SEARCH)
-        keys = ["user_id", "item_id", "scenario", "timestamp_ms", "split", "search_source", "session_id", "keyword"]
+        keys = ["user_id", "item_id", "scenario", "timestamp_ms", "split", "search_source", "session_id", "query_text"]
         groups = events.filter(is_search).group_by(keys, use_threads=False)
         search = groups.aggregate([("label", "max"), ("position", "min")])
         names = {"label_max": "label", "position_min": "position"}
         search = search.rename_columns([names.get(name, name) for name in search.column_names])
-        others = events.filter(pc.invert(is_search)).select(_EVENTS.names)
-        return pa.concat_tables([others, search.select(_EVENTS.names)])
+        if _KEYWORD.name in self._bags:
+            search = search.append_column(_KEYWORD.name, _words(search["query_text"]))
+        others = events.filter(pc.invert(is_search)).select(self._events.names)
+        return pa.concat_tables([others, search.select(self._events.names)])
 
     @cached_property
     def _shards(self) -> tuple[Shard, ...]:
@@ -233,6 +258,13 @@ def _tokens(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if pa.types.is_integer(values.type):
         return pc.cast(values, pa.string())
     return pc.replace_substring_regex(values, r"^([0-9]+)\.0+$", r"\1")
+
+
+def _words(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns the numbers in texts such as ``[20, 34, 3]`` as lists of text; what is no number separates them."""
+    trimmed = pc.utf8_trim(pc.replace_substring_regex(texts, _NO_WORD, " "), " ")
+    words = pc.split_pattern(pc.if_else(pc.equal(trimmed, ""), None, trimmed), " ")
+    return words.cast(pa.list_(pa.string()))
 
 
 def _text(table: pa.Table, english: bool) -> pa.ChunkedArray:

@@ -31,7 +31,7 @@ import ray.data
 import llm4msr
 from llm4msr import storage, workspace
 from llm4msr.config import Config, digest
-from llm4msr.data import features, report, splits
+from llm4msr.data import features, history, report, splits
 from llm4msr.data.adapters import build_adapter
 from llm4msr.data.buckets import count_moments, encode_bucket, fit_bucket
 from llm4msr.data.prepared import (
@@ -49,7 +49,7 @@ from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.splits import TEST, Thresholds
 from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
 
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 
 _log = logging.getLogger("llm4msr.data")
 
@@ -67,7 +67,7 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
     Raises:
         DataError: The raw files cannot be used, or more rows are damaged than data.max_rejected_fraction allows, or
             a split or a scenario's train rows are empty, or a scenario lacks a label in valid.
-        ConfigError: The split's thresholds cannot be used.
+        ConfigError: The split's thresholds, or a history feature, cannot be used.
     """
     data = config.data
     raw_uri = storage.absolute(data.raw_uri) if data.raw_uri else workspace.synthetic_raw_uri(config)
@@ -98,7 +98,7 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
 
 def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
     """Writes everything but the manifest, which it returns."""
-    adapter, data = plan.adapter, plan.data
+    adapter, data, logs = plan.adapter, plan.data, plan.logs
     names = [scenario.name for scenario in adapter.scenarios]
     started = time.monotonic()
     parsed = _run("parse", parse_shard, len(plan.shards), plan)
@@ -149,6 +149,8 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
 
     train_rows = {source: _train_rows(plan, source, len(keys[source])) for source in tables}
     schema, vocabularies = _write_features(plan, tables, train_rows, fitted)
+    if logs:
+        history.write_logs(plan.uri, _read_staged(plan, "likes"), len(keys["user"]), logs)
     first_row_id = np.cumsum([0] + [np.sum(result["rows"]) for result in fitted])[:-1].tolist()
     encoded = _run(
         "encode",
@@ -156,14 +158,13 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
         plan.num_buckets,
         plan,
         schema=schema,
-        vocabularies={f.name: vocabularies[f.name] for f in schema.select("categorical", "context")},
+        vocabularies={raw.name: vocabularies[raw.name] for raw in plan.context if raw.kind != "numeric"},
         first_row_id=first_row_id,
         user_rows=train_rows["user"],
         item_rows=train_rows["item"],
     )
     _write_rejects(plan, storage.join(plan.uri, REJECTS_FILE), rejects)
-    total = int(rows_SC.sum())
-    _log.info("prepare: %d rows of %d raw rows in %.1f s", total, raw_rows, time.monotonic() - started)
+    _log.info("prepare: %d rows of %d raw rows in %.1f s", rows_SC.sum(), raw_rows, time.monotonic() - started)
     block = {
         "rows": report.rows_block(rows_SC, positives_SC, names),
         "rejected": report.rejected_block(roles),
@@ -259,8 +260,7 @@ def _read_entities(adapter: Adapter, source: Source) -> tuple[pa.Table | None, l
 
 
 def _check_rejected(plan: Plan, roles: Sequence[report.RoleCount], rejects: Mapping[str, Sequence[pa.Table]]) -> None:
-    too_many = report.too_many_rejected(roles, plan.data.max_rejected_fraction)
-    if not too_many:
+    if not (too_many := report.too_many_rejected(roles, plan.data.max_rejected_fraction)):
         return
     _write_rejects(plan, _failure_uri(plan), rejects)
     lines = []
@@ -288,8 +288,7 @@ def _write_rejects(plan: Plan, uri: str, rejects: Mapping[str, Sequence[pa.Table
 
 
 def _read_staged(plan: Plan, kind: str, columns: Sequence[str] | None = None) -> pa.Table | None:
-    uri = plan.staged(kind)
-    return storage.read_parquet(uri, columns) if storage.list_files(uri, ".parquet") else None
+    return storage.read_parquet(plan.staged(kind), columns) if storage.list_files(plan.staged(kind)) else None
 
 
 def _negative_pools(plan: Plan, item_keys: pa.Array) -> list[np.ndarray] | None:
@@ -329,6 +328,7 @@ def _write_features(
             table, source, ID_FEATURES[source], raw_features, train_rows[source][1:], min_count
         )
         all_features += found
+        all_features += plan.histories if source == "user" else ()
         vocabularies |= fitted_vocabularies
     for raw in plan.context:
         if raw.kind == "numeric":

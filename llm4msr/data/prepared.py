@@ -6,6 +6,8 @@ Layout of a prepared directory (written once by `llm4msr.data.pipeline.prepare`,
 * users.parquet, items.parquet       `schema.feature_table_schema`, sorted by key; record i is table row i + 1
 * vocab/<feature>.parquet            column ``value``, record r has index r + 2; not for user_id and item_id, whose
                                      values are the keys of the tables and whose indices are columns there
+* history/<log>.parquet              column ``item_rows``: what each user liked, oldest first; record i is table row
+                                     i + 1. One for each log that a history reads: ``all``, or a scenario's index
 * <split>/bucket-NNNNN.parquet       `schema.rows_schema`; one user's rows of a split lie in one file; a bucket
                                      without rows in a split has no file there
 * rejects.parquet                    `schema.REJECTS`
@@ -24,21 +26,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm4msr import storage
-from llm4msr.schema import FIRST_INDEX, SPLITS, FeatureSchema, SchemaError
+from llm4msr.schema import FIRST_INDEX, ITEM_ID, SPLITS, FeatureSchema, SchemaError
 
 SCHEMA_FILE = "schema.json"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
 REJECTS_FILE = "rejects.parquet"
 VOCAB_DIRECTORY = "vocab"
+HISTORY_DIRECTORY = "history"
 # Source ids are features of every data set; their vocabulary is the table itself.
-ID_FEATURES = {"user": "user_id", "item": "item_id"}
+ID_FEATURES = {"user": "user_id", "item": ITEM_ID}
 ALL_SCENARIOS = "all"
 
 
 def vocabulary_uri(uri: str, feature_name: str) -> str:
     """Returns the place of one feature's vocabulary in a prepared directory."""
     return storage.join(uri, VOCAB_DIRECTORY, f"{feature_name}.parquet")
+
+
+def log_uri(uri: str, column: str) -> str:
+    """Returns the place of the log that a column of the rows (`FeatureSchema.history_columns`) counts in."""
+    return storage.join(uri, HISTORY_DIRECTORY, f"{column.removeprefix('history:')}.parquet")
 
 
 def bucket_file(split: str, bucket: int) -> str:
@@ -100,11 +108,11 @@ class PreparedData:
         For user_id and item_id they are taken from the feature tables: the keys seen in train, in order of index.
 
         Raises:
-            SchemaError: No such feature, or a numeric one, which has no vocabulary.
+            SchemaError: No such feature, or one that has no vocabulary: a numeric one, or a history.
         """
         feature = next((f for f in self.schema.features if f.name == feature_name), None)
-        if feature is None or feature.kind == "numeric":
-            valid = [f.name for f in self.schema.features if f.kind != "numeric"]
+        if feature is None or feature.kind not in ("categorical", "sequence"):
+            valid = [f.name for f in self.schema.features if f.kind in ("categorical", "sequence")]
             raise SchemaError(f"feature {feature_name!r} has no vocabulary; those with one: {valid}")
         if ID_FEATURES.get(feature.source) != feature_name:
             return storage.read_parquet(vocabulary_uri(self.uri, feature_name))["value"].combine_chunks()

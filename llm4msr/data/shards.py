@@ -11,6 +11,7 @@ Staging, removed at the end:
 * fitted/                           of each bucket: merged, ordered, split rows with table rows for ids
 * rows_of_user/, rows_of_item/      of each bucket: train rows of each table row
 * values/<feature>/                 of each bucket: counts of a context feature's values in train
+* likes/                            of each bucket: what its users liked, in order (with data.history only)
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ import pyarrow.parquet as pq
 
 from llm4msr import storage
 from llm4msr.config import DataConfig
-from llm4msr.data import features, splits
+from llm4msr.data import features, history, splits
 from llm4msr.data.source import Adapter, DataError, RawFeature, Shard
-from llm4msr.schema import events_schema
+from llm4msr.schema import Feature, events_schema
 
 BYTES_PER_BUCKET = 128 * 2**20
 # Above this size there are at least two buckets, so that two workers read different files.
@@ -68,6 +69,18 @@ class Plan:
     def context(self) -> tuple[RawFeature, ...]:
         """The features of the single row."""
         return tuple(f for f in self.adapter.features if f.source == "context")
+
+    @property
+    def histories(self) -> tuple[Feature, ...]:
+        """The history features; raises ConfigError where one cannot be used."""
+        return history.history_features(
+            self.data.history, self.adapter.features, [s.name for s in self.adapter.scenarios]
+        )
+
+    @property
+    def logs(self) -> dict[str, int | None]:
+        """The column of each log that they read, and the index of its scenario (None: of all)."""
+        return history.log_columns(self.histories, [s.name for s in self.adapter.scenarios])
 
     @property
     def events(self) -> pa.Schema:

@@ -22,7 +22,7 @@ from llm4msr.schema import SPLITS
 
 TRAIN, VALID, TEST = range(len(SPLITS))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_NO_TIME = np.iinfo(np.int64).min
+NO_TIME = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def bucket_of(user_ids: pa.Array, num_buckets: int) -> np.ndarray:
 
 def moments_ms(timestamps: pa.Array) -> np.ndarray:
     """Returns (B,) int64 timestamps in ms; rows without one get the smallest int64, so that they sort first."""
-    return pc.fill_null(timestamps, _NO_TIME).to_numpy(zero_copy_only=False)
+    return pc.fill_null(timestamps, NO_TIME).to_numpy(zero_copy_only=False)
 
 
 def order_rows(user_row_B: np.ndarray, timestamp_ms_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def split_per_user(
         split: The fractions.
     """
     row_B = np.arange(len(rank_B))
-    is_first_B = (rank_B == 0) | (timestamp_ms_B == _NO_TIME)
+    is_first_B = (rank_B == 0) | (timestamp_ms_B == NO_TIME)
     is_first_B[1:] |= timestamp_ms_B[1:] != timestamp_ms_B[:-1]
     # The place among its user's rows of the first row of each row's moment.
     edge_B = rank_B - (row_B - np.maximum.accumulate(np.where(is_first_B, row_B, 0)))

@@ -34,9 +34,10 @@ from llm4msr.config import Config, digest
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge import place
 from llm4msr.knowledge.actors import Pool, encode_units, plan_pool
-from llm4msr.knowledge.assemble import write_errors, write_table
+from llm4msr.knowledge.assemble import write_errors, write_folds, write_table
 from llm4msr.knowledge.engines.build import engine_identity
 from llm4msr.knowledge.engines.model_files import EncoderError
+from llm4msr.knowledge.folds import item_folds
 from llm4msr.knowledge.plan import PromptSet, missing_prompts, num_planned, open_plan
 from llm4msr.knowledge.progress import speed, write_scalars
 from llm4msr.knowledge.prompt_stage import all_prompts
@@ -113,6 +114,10 @@ def extract(config: Config) -> str:
             "item": counts["num_items"],
         }
         table = write_table(job.uri, job.store, index, prompts, num_subjects)
+        if job.config.knowledge.folds:
+            item_keys = job.prepared.items()["key"].combine_chunks()
+            fold_N = item_folds(item_keys, job.config.knowledge.folds)
+            write_folds(job.uri, job.store, index, prompts, fold_N, counts["num_users"])
         summary = {
             **counts,
             **done,
@@ -153,6 +158,7 @@ def _open(config: Config) -> _Job:
         "encoder_digest": store.identity_digest,
         "max_events": config.knowledge.max_events_per_scenario,
         "levels": sorted(config.knowledge.levels),
+        "folds": config.knowledge.folds,
         "scenarios": list(prepared.schema.scenario_names),
         "refresh_min_new_events": config.knowledge.refresh_min_new_events,
         "refreshed_from": None,

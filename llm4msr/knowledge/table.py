@@ -8,11 +8,13 @@ Axes: N rows of users or items, S scenarios, K knowledge width. Row 0 of a featu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from llm4msr import storage
+from llm4msr.knowledge.folds import UserFolds
 
 FILES = {
     "users_NK": "users.npy",
@@ -21,6 +23,8 @@ FILES = {
     "items_NK": "items.npy",
     "item_index_N": "item_index.npy",
 }
+# Of a table that training may read: not in a checkpoint.
+FOLD_FILES = {"vectors_NK": "folds.npy", "index_FN": "fold_index.npy", "fold_N": "item_fold.npy"}
 STATISTICS_BLOCK_BYTES = 1 << 26  # as float64
 
 
@@ -37,6 +41,7 @@ class KnowledgeTable:
         scenarios_SK: (S, K) float32, in the order of the schema's scenarios.
         items_NK: (item vectors + 1, K) float16; row 0 is zeros and means "no knowledge".
         item_index_N: (num_items + 1,) int32; row of `items_NK` of each item row, 0 where there is none.
+        folds: What training rows see of their user; None: the same as everybody.
     """
 
     users_NK: np.ndarray
@@ -44,6 +49,7 @@ class KnowledgeTable:
     scenarios_SK: np.ndarray
     items_NK: np.ndarray
     item_index_N: np.ndarray
+    folds: UserFolds | None = None
 
     def __post_init__(self) -> None:
         """Checks types, shapes and the range of the indices."""
@@ -111,7 +117,8 @@ class KnowledgeTable:
 
         Users' vectors move along one random cycle through all of them, so that no user keeps its own when there are
         at least two, and users who share a vector still share one; users without knowledge stay without. Items
-        likewise, along a cycle of their own. Scenario rows move on by one.
+        likewise, along a cycle of their own. Scenario rows move on by one. There are no folds: another's prompt does
+        not quote a row's own item.
 
         Args:
             seed: Seed of the cycles.
@@ -124,22 +131,42 @@ class KnowledgeTable:
             item_index_N=_cycle(len(self.items_NK), np.random.default_rng((seed, 1)))[self.item_index_N],
         )
 
+    def random(self, seed: int) -> KnowledgeTable:
+        """Returns the other control: Gaussian noise in place of every vector, as wide and as large as the vectors.
+
+        Each component has the mean and the standard deviation that it has over the vectors of its level. Users who
+        share a vector share the noise; users, items and levels without knowledge stay without. A single scenario keeps
+        its vector: it has no deviation. There are no folds: noise quotes nothing. It is held in memory.
+
+        Args:
+            seed: Seed of the noise.
+        """
+        return KnowledgeTable(
+            users_NK=_noise(self.users_NK, np.random.default_rng((seed, 2))),
+            user_index_N=self.user_index_N,
+            scenarios_SK=_noise(self.scenarios_SK, np.random.default_rng((seed, 3)), first=0),
+            items_NK=_noise(self.items_NK, np.random.default_rng((seed, 4))),
+            item_index_N=self.item_index_N,
+        )
+
     def save(self, uri: str) -> None:
-        """Writes the five arrays as plain .npy files below a directory."""
+        """Writes the arrays as plain .npy files below a directory; not the folds, which only training needs."""
         for field, name in FILES.items():
             with storage.atomic_write(storage.join(uri, name)) as file:
                 np.save(file, np.ascontiguousarray(getattr(self, field)), allow_pickle=False)
 
     @classmethod
     def load(cls, uri: str) -> KnowledgeTable:
-        """Opens a saved table: memory-mapped on a local disk, read from anywhere else.
+        """Opens a table, with its folds where it has any: memory-mapped on a local disk, read from anywhere else.
 
         Raises:
             StorageError: A file is missing or is not what `save` writes.
         """
         arrays = {field: _load(storage.join(uri, name)) for field, name in FILES.items()}
+        with_folds = storage.exists(storage.join(uri, FOLD_FILES["index_FN"]))
         try:
-            return cls(**arrays)
+            folds = UserFolds(**{k: _load(storage.join(uri, v)) for k, v in FOLD_FILES.items()}) if with_folds else None
+            return cls(**arrays, folds=folds)
         except ValueError as error:
             raise storage.StorageError(f"{uri}: not a knowledge table: {error}") from error
 
@@ -168,17 +195,34 @@ def _cycle(num_rows: int, rng: np.random.Generator) -> np.ndarray:
     return moved
 
 
-def _statistics(vectors_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean_K and std_K of all rows but row 0, read in blocks: the whole table is never held as float32."""
-    num_rows, width = len(vectors_NK) - 1, vectors_NK.shape[1]
+def _noise(vectors_NK: np.ndarray, rng: np.random.Generator, first: int = 1) -> np.ndarray:
+    """Returns noise with mean and deviation of the rows from `first` on, block by block; the rows before stay."""
+    noise_NK = np.zeros_like(vectors_NK, subok=False)
+    mean_K, std_K = _statistics(vectors_NK, first)
+    largest = np.finfo(vectors_NK.dtype).max
+    for low, high in _blocks(vectors_NK, first):
+        block_NK = mean_K + std_K * rng.standard_normal((high - low, len(mean_K)), np.float32)
+        noise_NK[low:high] = block_NK.clip(-largest, largest)
+    return noise_NK
+
+
+def _blocks(vectors_NK: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
+    """Yields the bounds of blocks of rows that are small enough to be held as float64."""
+    block_rows = max(1, STATISTICS_BLOCK_BYTES // (8 * vectors_NK.shape[1]))
+    for low in range(first, len(vectors_NK), block_rows):
+        yield low, min(low + block_rows, len(vectors_NK))
+
+
+def _statistics(vectors_NK: np.ndarray, first: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean_K and std_K of the rows from `first` on, read in blocks: never the whole table as float32."""
+    num_rows, width = len(vectors_NK) - first, vectors_NK.shape[1]
     if not num_rows:
         return np.zeros(width, np.float32), np.ones(width, np.float32)
     # The sums are taken around the first vector: vectors of one template are much alike.
-    origin_K = vectors_NK[1].astype(np.float64)
+    origin_K = vectors_NK[first].astype(np.float64)
     sum_K, square_K = np.zeros(width), np.zeros(width)
-    block_rows = max(1, STATISTICS_BLOCK_BYTES // (8 * width))
-    for first in range(1, len(vectors_NK), block_rows):
-        block_NK = vectors_NK[first : first + block_rows] - origin_K
+    for low, high in _blocks(vectors_NK, first):
+        block_NK = vectors_NK[low:high] - origin_K
         sum_K += block_NK.sum(0)
         square_K += np.square(block_NK).sum(0)
     mean_K = sum_K / num_rows

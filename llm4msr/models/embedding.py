@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from llm4msr.models.backbones.base import InputLayout
-from llm4msr.schema import PADDING_INDEX, UNSEEN_INDEX, FeatureSchema
+from llm4msr.models.history import build_pooling, sequence_length
+from llm4msr.schema import ITEM_ID, PADDING_INDEX, UNSEEN_INDEX, FeatureSchema
 
 if TYPE_CHECKING:
     from llm4msr.batch import Batch
@@ -25,15 +26,17 @@ INITIAL_STD = 0.05
 
 
 class FeatureEmbedding(nn.Module):
-    """Embeds a batch: categorical features, mean-pooled sequences, numeric features as they are, concatenated.
+    """Embeds a batch: categorical features, mean-pooled sequences, pooled histories, numeric features as they are.
 
     Gradients of the tables are sparse, so that a step costs what it touches and not what the vocabulary holds.
+    A history has no table of its own: it uses that of item_id.
 
     Args:
         schema: Names and sizes the features.
         embedding_dim: E.
         unseen_dropout: In training, the share of rows whose user id is shown as unseen; item ids likewise.
-            It teaches index 1, which a vocabulary without rare values would never train.
+            It teaches index 1, which a vocabulary without rare values would never train. A history's attention sees
+            the item as shown, so a hidden one is hidden from it too; the liked items are shown as they are.
         materialize: False leaves the tables on the meta device, without memory, for whoever lays them out otherwise
             (`llm4msr.training.sharding`). torch's generator moves on by the same amount either way.
 
@@ -41,7 +44,7 @@ class FeatureEmbedding(nn.Module):
         table_seeds: The seed of each table's first values: `tables`, then `sequence_tables`. Drawn from torch's
             generator: ``torch.manual_seed`` decides them.
         fields: Names of the embedded features, in the order of their columns.
-        embedded_dim: (F + number of sequences) * E, the leading columns of x.
+        embedded_dim: (F + number of sequences + number of histories) * E, the leading columns of x.
         output_dim: D = embedded_dim + number of numeric features.
     """
 
@@ -49,7 +52,7 @@ class FeatureEmbedding(nn.Module):
         self, schema: FeatureSchema, embedding_dim: int, unseen_dropout: float = 0.0, materialize: bool = True
     ) -> None:
         super().__init__()
-        categorical, sequences = schema.select("categorical"), schema.select("sequence")
+        categorical, sequences, histories = map(schema.select, ("categorical", "sequence", "history"))
         features = [*categorical, *sequences]
         self.table_seeds = torch.randint(2**62, (len(features),), device="cpu").tolist()
         tables = [
@@ -58,11 +61,13 @@ class FeatureEmbedding(nn.Module):
         ]
         self.tables = nn.ModuleList(tables[: len(categorical)])
         self.sequence_tables = nn.ModuleList(tables[len(categorical) :])
-        self.id_columns = [i for i, f in enumerate(categorical) if f.name in ("user_id", "item_id")]
+        self.histories = nn.ModuleList(build_pooling(f, embedding_dim) for f in histories)
+        self.item_column = [f.name for f in categorical].index(ITEM_ID) if histories else None
+        self.id_columns = [i for i, f in enumerate(categorical) if f.name in ("user_id", ITEM_ID)]
         self.unseen_dropout = unseen_dropout
-        self.fields = tuple(f.name for f in features)
+        self.fields = tuple(f.name for f in (*features, *histories))
         self.embedding_dim = embedding_dim
-        self.embedded_dim = len(features) * embedding_dim
+        self.embedded_dim = len(self.fields) * embedding_dim
         self.output_dim = self.embedded_dim + len(schema.select("numeric"))
 
     def layout(self, num_more: int = 0) -> InputLayout:
@@ -77,6 +82,8 @@ class FeatureEmbedding(nn.Module):
         parts = [table(ids_B) for table, ids_B in zip(self.tables, ids_BF.unbind(1), strict=True)]
         for table, ids_BT in zip(self.sequence_tables, batch.sequences, strict=True):
             parts.append(table(ids_BT).sum(1) / sequence_length(ids_BT))  # the padding row is zero
+        for pool, ids_BT in zip(self.histories, batch.histories, strict=True):
+            parts.append(pool(ids_BT, self.tables[self.item_column](ids_BT), parts[self.item_column]))
         return torch.cat([*parts, batch.numeric_BN], dim=1)
 
 
@@ -89,11 +96,6 @@ def hide_ids(ids_BF: torch.Tensor, columns: list[int], share: float) -> torch.Te
         hidden_B = torch.rand(len(ids_BF), device=ids_BF.device) < share
         ids_BF[:, column].masked_fill_(hidden_B, UNSEEN_INDEX)
     return ids_BF
-
-
-def sequence_length(ids_BT: torch.Tensor) -> torch.Tensor:
-    """Returns how many ids of each sequence are no padding, at least 1: (B, 1)."""
-    return (ids_BT != PADDING_INDEX).sum(1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()

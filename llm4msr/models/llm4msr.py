@@ -169,6 +169,7 @@ def _sort(batch: Batch, order: Order) -> Batch:
         ids_BF=sort(batch.ids_BF),
         numeric_BN=sort(batch.numeric_BN),
         sequences=tuple(map(sort, batch.sequences)),
+        histories=tuple(map(sort, batch.histories)),
         scenario_B=sort(batch.scenario_B),
         knowledge_index_B=sort(batch.knowledge_index_B),
         item_knowledge_index_B=sort(batch.item_knowledge_index_B),

@@ -2,7 +2,7 @@
 
 * config.json           the whole resolved configuration of the run
 * schema.json           features and scenarios
-* users.parquet, items.parquet, vocab/   feature tables and vocabularies, as prepared
+* users.parquet, items.parquet, vocab/, history/   feature tables, vocabularies and logs of likes, as prepared
 * knowledge/            the knowledge table (absent for a backbone alone)
 * model.safetensors     weights and buffers
 * metadata.json         version, seed, knowledge, what it was trained on, versions of the libraries
@@ -22,7 +22,15 @@ import pyarrow as pa
 from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
 from llm4msr.config import Config
-from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE, VOCAB_DIRECTORY, PreparedData
+from llm4msr.data.history import read_logs
+from llm4msr.data.prepared import (
+    HISTORY_DIRECTORY,
+    ITEMS_FILE,
+    SCHEMA_FILE,
+    USERS_FILE,
+    VOCAB_DIRECTORY,
+    PreparedData,
+)
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model
 from llm4msr.schema import FeatureSchema
@@ -86,8 +94,9 @@ def save_checkpoint(
     storage.remove(uri)
     for name in (SCHEMA_FILE, USERS_FILE, ITEMS_FILE):
         storage.copy(storage.join(prepared.uri, name), storage.join(uri, name))
-    for source, _ in storage.list_files(storage.join(prepared.uri, VOCAB_DIRECTORY), ".parquet"):
-        storage.copy(source, storage.join(uri, VOCAB_DIRECTORY, source.rsplit("/", 1)[-1]))
+    for folder in (VOCAB_DIRECTORY, HISTORY_DIRECTORY):
+        for source, _ in storage.list_files(storage.join(prepared.uri, folder), ".parquet"):
+            storage.copy(source, storage.join(uri, folder, source.rsplit("/", 1)[-1]))
     if knowledge is not None:
         knowledge.save(storage.join(uri, KNOWLEDGE_DIRECTORY))
     storage.copy(weights_uri, storage.join(uri, MODEL_FILE))
@@ -121,6 +130,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
         EntityFeatures.from_table(users, schema, "user"),
         EntityFeatures.from_table(items, schema, "item"),
         knowledge,
+        read_logs(uri, schema),
     )
     return Checkpoint(uri, config, schema, model.eval(), users, items, collator, knowledge, metadata)
 

@@ -14,6 +14,7 @@ import torch
 
 from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model, set_knowledge
@@ -67,6 +68,7 @@ def train_worker(
         EntityFeatures.from_table(prepared.users(), prepared.schema, "user"),
         EntityFeatures.from_table(prepared.items(), prepared.schema, "item"),
         knowledge,
+        read_logs(prepared.uri, prepared.schema),
     )
     trainer = Trainer(task.config, model, collator, rank, world_size, device)
     run = Run(task, prepared, trainer, should_stop, preempted)

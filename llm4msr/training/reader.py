@@ -14,7 +14,7 @@ than there are lanes sit out an epoch, as a rule others in the next one.
 Validation reads whole files, each on one worker, so that one worker sees all rows of a user. Encoding rows into tensors
 is not done here.
 
-Axes: R rows of a window, N runs of rows of one user.
+Axes: R rows of a window, N runs of rows of one user, T length of a sequence.
 """
 
 from __future__ import annotations
@@ -82,11 +82,14 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> Row
 
 
 def to_columns(table: pa.Table) -> Rows:
-    """Returns a table of `schema.rows_schema` as numpy columns; missing times become -1."""
+    """Returns a table of `schema.rows_schema` as numpy columns, lists as (R, T); missing times become -1."""
     columns = {}
     for name in table.column_names:
         column = table[name].fill_null(-1) if name == "timestamp_ms" else table[name]
-        columns[name] = column.to_numpy()
+        if pa.types.is_fixed_size_list(column.type):
+            columns[name] = column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
+        else:
+            columns[name] = column.to_numpy()
     return columns
 
 
@@ -205,7 +208,7 @@ class _Span:
             for name, column in self.held[1].items():
                 piece = column[start : start + high - low - num_copied]
                 if name not in columns:
-                    columns[name] = np.empty(high - low, column.dtype)
+                    columns[name] = np.empty((high - low, *column.shape[1:]), column.dtype)
                 columns[name][num_copied : num_copied + len(piece)] = piece
             index, num_copied = index + 1, num_copied + len(piece)
         return columns

@@ -49,8 +49,14 @@ def plan_runs(config: Config) -> list[TrainTask]:
     item knowledge that it does not have.
 
     Raises:
+        ConfigError: Histories are asked for with sharded embeddings.
         StorageError: Data or knowledge is not there yet.
     """
+    if config.data.history and config.model.embedding_sharding == "sharded":
+        raise ConfigError(
+            f"data.history names {[f.name for f in config.data.history]} and model.embedding_sharding = 'sharded': a "
+            "sharded table gives sums, not the single items that a history is made of; use 'replicated', or no history"
+        )
     prepared_uri = workspace.prepared_uri(config)
     tasks = []
     for knowledge in config.experiment.knowledge:

@@ -9,8 +9,9 @@ workers as DDP does, and there and then updates the rows by fbgemm's EXACT_ROWWI
 Tables and row sums are handed out and taken in under the names that they have in a replicated model: a checkpoint is
 the same either way, for any number of workers, and whoever serves it needs no TorchRec.
 
-Left out: accumulation of gradients, and taking back a step whose loss was not finite (the backward pass has updated
-the rows already).
+Left out: accumulation of gradients; taking back a step whose loss was not finite (the backward pass has updated the
+rows already); and history features, whose attention needs each liked item by itself where a sharded table gives sums
+(`llm4msr.training.run` refuses them).
 
 Axes: B rows of this worker, C rows of the worker that has most, F categorical features, G features that have a table,
 T sequence length, E embedding width, D input width, V rows of a table.
@@ -30,7 +31,8 @@ from torch import nn
 
 from llm4msr.batch import Batch
 from llm4msr.config import ConfigError
-from llm4msr.models.embedding import BLOCK_ROWS, FeatureEmbedding, fill_rows, hide_ids, sequence_length
+from llm4msr.models.embedding import BLOCK_ROWS, FeatureEmbedding, fill_rows, hide_ids
+from llm4msr.models.history import sequence_length
 from llm4msr.models.llm4msr import MultiScenarioModel
 from llm4msr.schema import PADDING_INDEX
 from llm4msr.training.sparse import ROW_EPS

@@ -31,8 +31,8 @@ class TrainTask:
         config: The resolved configuration.
         prepared_uri: Finished prepared data.
         knowledge_uri: Finished knowledge table; None trains the backbone alone.
-        knowledge: none, llm or shuffled.
-        seed: Of initialisation, dropout, order of rows, and the shuffling of knowledge.
+        knowledge: none, llm, shuffled or random.
+        seed: Of initialisation, dropout, order of rows, and of the knowledge of a control.
         run_uri: Where checkpoint/, training/ and tensorboard/ go.
         name: Of the run; the model's version.
     """
@@ -61,4 +61,6 @@ def load_knowledge(task: TrainTask) -> KnowledgeTable | None:
     if task.knowledge_uri is None:
         return None
     table = KnowledgeTable.load(task.knowledge_uri)
-    return table.shuffled(task.seed) if task.knowledge == "shuffled" else table
+    if task.knowledge == "shuffled":
+        return table.shuffled(task.seed)
+    return table.random(task.seed) if task.knowledge == "random" else table

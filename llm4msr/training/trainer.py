@@ -97,8 +97,13 @@ class Trainer:
         """
         parts, length = self.train.accumulate_steps, len(rows["row_id"]) // num_lanes
         edges = [length * part // parts for part in range(parts + 1)]
+
+        def piece(column: np.ndarray, a: int, b: int) -> np.ndarray:
+            wide = column.shape[1:]
+            return column.reshape(num_lanes, length, *wide)[:, a:b].reshape(num_lanes * (b - a), *wide)
+
         batches = [
-            self.collator({name: column.reshape(num_lanes, length)[:, a:b].ravel() for name, column in rows.items()})
+            self.collator({name: piece(column, a, b) for name, column in rows.items()}, training=True)
             for a, b in itertools.pairwise(edges)
         ]
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches

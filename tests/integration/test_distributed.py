@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import tiny_config, tiny_knowledge, tiny_prepared
+from tiny import SEQUENCES, tiny_config, tiny_knowledge, tiny_prepared
 from torch.nn.parallel import DistributedDataParallel
 
 from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import PreparedData
 from llm4msr.models.llm4msr import build_model
 from llm4msr.training.reader import list_row_groups, read_row_group
@@ -24,7 +25,8 @@ def gradients(uri: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         EntityFeatures.from_table(t, prepared.schema, s)
         for t, s in ((prepared.users(), "user"), (prepared.items(), "item"))
     ]
-    collator = Collator(prepared.schema, *entities, tiny_knowledge())
+    logs = read_logs(prepared.uri, prepared.schema)
+    collator = Collator(prepared.schema, *entities, tiny_knowledge(), logs)
     rows = read_row_group(list_row_groups(prepared.files("train"))[0])
     size = ROWS // world_size
     batch = collator({k: v[rank * size : (rank + 1) * size] for k, v in rows.items()})
@@ -52,7 +54,7 @@ def work(rank: int, uri: str, store: str, out: str) -> None:
 
 def test_two_halves_equal_one_whole(tmp_path):
     uri = str(tmp_path / "prepared")
-    tiny_prepared(uri)
+    tiny_prepared(uri, more=SEQUENCES)
     whole = gradients(uri, 0, 1)
     mp.spawn(work, (uri, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
     halves = [torch.load(tmp_path / f"out{rank}", weights_only=True) for rank in range(2)]

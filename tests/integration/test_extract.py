@@ -70,7 +70,7 @@ def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int 
 
 
 def make_config(root: str, **knowledge) -> Config:
-    settings = {"num_actors": 1, "rows_per_commit": 2, "dtype": "float32", **knowledge}
+    settings = {"num_actors": 1, "rows_per_commit": 2, "dtype": "float32", "folds": 0, **knowledge}
     return config_from_dict({"workspace_uri": root, "knowledge": settings})
 
 

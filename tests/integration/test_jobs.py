@@ -192,7 +192,7 @@ def test_a_mistake_in_the_data_is_one_clear_message(tmp_path, shared):
 
 
 MISTAKES = {
-    "backbone": ({"model.backbone": "sttar"}, "model.backbone: Input should be 'shared_bottom' or 'star'"),
+    "backbone": ({"model.backbone": "sttar"}, "model.backbone: Input should be 'shared_bottom', 'star', "),
     "levels": ({"model.meta.user_level": "false", "model.meta.scenario_level": "false"}, "are both off"),
 }
 

@@ -98,7 +98,7 @@ def test_model(client):
         {"name": "rec", "description": "Recommended items."},
         {"name": "search", "description": "Searched items."},
     ]
-    assert model["features"][0] == {"name": "user_id", "kind": "categorical", "source": "user"}
+    assert model["features"][0] == {"name": "user_id", "kind": "categorical", "source": "user", "max_length": 0}
     assert [f["name"] for f in model["features"] if f["source"] == "context"] == ["search_source", "price"]
     assert (model["user_key_type"], model["item_key_type"]) == ("int64", "int64")
     assert (model["num_users"], model["num_items"], model["max_candidates"]) == (40, 30, 100)
@@ -198,7 +198,7 @@ def test_text_ids(client):
         ({"context": {"prise": 1}}, ["context"], "no context feature 'prise'; valid: price, search_source"),
         ({"context": {"price": "5"}}, ["context"], "price is numeric, found '5'"),
         ({"context": {"price": 1e300}}, ["context"], "price is 1e+300, more than 1e+06 standard deviations"),
-        ({"context": {"price": None}}, ["context", "price"], "a context value is a number or text"),
+        ({"context": {"price": None}}, ["context", "price"], "a context value is a number, text, or a list of them"),
         ({"k": 3}, ["k"], "no such field; valid: user, scenario, items, top_k, context"),
     ],
 )

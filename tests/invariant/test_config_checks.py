@@ -26,8 +26,8 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
         ([*TABLE, "--data.split.column=part"], "data.split: kind = 'time' with column = 'part'"),
         (["--data.split.timezone=Mars/Base"], "data.split: timezone 'Mars/Base' is not an IANA time zone"),
         (
-            [*TABLE, "--data.table.features", '[{"name": "x", "source": "context", "kind": "text"}]'],
-            "data.table.features.0: feature 'x': a context feature is categorical or numeric, not text",
+            ["--data.history", '[{"name": "x"}, {"name": "y"}, {"name": "x"}]'],
+            "data.history: the name 'x' is given to more than one feature",
         ),
         (
             [*TABLE, "--data.table.label_column=a", "--data.table.rating_column=b"],

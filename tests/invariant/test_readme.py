@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import explain
+from jobs import download, explain
+from llm4msr.data.catalogue import DATA_SETS
 from llm4msr.settings import load_config
 from serve.schemas import RankBody
 
@@ -47,6 +48,9 @@ def test_jobs_exist_and_their_flags_are_accepted(command, tmp_path, monkeypatch)
     monkeypatch.chdir(REPOSITORY)
     if module == "jobs.explain":
         assert explain.parse(argv).user
+    elif module == "jobs.download":
+        arguments = download.parse(argv)
+        assert arguments.list or arguments.name in {*DATA_SETS, "NAME"}
     else:
         load_config(argv, environ={})
 

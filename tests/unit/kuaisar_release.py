@@ -93,13 +93,13 @@ BASE = {"rec_inter": REC, "src_inter": SRC, "user_features": USER, "item_feature
 SEARCH_POSITION = 1 << 40  # the second interactions file starts here
 
 
-def write_release(folder, headers=SMALL, **files):
+def write_release(folder, headers=SMALL, bags=(), **files):
     """Writes for each file the rows that differ from its base row (default: the base row alone)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, header in headers.items():
         rows = [r if isinstance(r, str) else line(name, header, **r) for r in files.get(name, [{}])]
         (folder / f"{name}.csv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")
-    return KuaisarAdapter(DataConfig(kind="kuaisar", raw_uri=str(folder)))
+    return KuaisarAdapter(DataConfig(kind="kuaisar", raw_uri=str(folder), kuaisar={"bags": bags}))
 
 
 def line(name, header, **changes):

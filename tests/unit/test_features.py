@@ -60,6 +60,14 @@ def test_an_absent_context_value_is_padding_and_an_unknown_one_is_unseen():
     assert encoded["price"].to_pylist() == [-1.0, 0.0, 1.0, 0.0]
 
 
+def test_a_list_of_the_context_that_is_absent_is_padding():
+    rows = pa.table({"words": pa.array([["b", "z", "a"], None, [], [None]], pa.list_(pa.string()))})
+    fitted = [Feature("words", "sequence", "context", num_embeddings=4, max_length=2)]
+    encoded = features.encode_context(rows, fitted, {"words": pa.array(["a", "b"])})["words"]
+    assert encoded.type == pa.list_(pa.int32(), 2)
+    assert encoded.to_pylist() == [[3, 1], [0, 0], [0, 0], [1, 0]]
+
+
 def test_sequence_keeps_the_first_values_and_pads_with_0():
     values = pa.chunked_array([[["a", "b", "a"], None], [[], ["z", None], ["b"]]], pa.list_(pa.string()))
     encoded = features.encode_sequence(values, pa.array(["a", "b"]), 2)

@@ -7,6 +7,7 @@ import pytest
 from kuaisar_release import FULL, SEARCH_POSITION, SMALL, merged, parse, tables, write_release
 
 from llm4msr import schema
+from llm4msr.data.source import DataError, RawFeature
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ class TestBothReleases:
                 "split": None,
                 "search_source": None,
                 "session_id": None,
-                "keyword": None,
+                "query_text": None,
             }
         ]
 
@@ -51,7 +52,7 @@ class TestBothReleases:
                 "split": None,
                 "search_source": "USER_INPUT",
                 "session_id": "900",
-                "keyword": "[20, 34, 3]",
+                "query_text": "[20, 34, 3]",
             }
         ]
 
@@ -97,7 +98,7 @@ def test_schema_of_tables(write):
     events = schema.events_schema("int64", "int64", (("search_source", "categorical"),))
     parsed = parse(adapter, "rec_inter")[0].schema
     assert parsed == parse(adapter, "src_inter")[0].schema
-    assert parsed.names == [*events.names, "session_id", "keyword"]
+    assert parsed.names == [*events.names, "session_id", "query_text"]
     assert merged(adapter).schema == events
     for source in ("user", "item"):
         table = tables(adapter.parse_entities(source))[0]
@@ -112,6 +113,65 @@ def test_features_are_known_before_the_impression(write):
     assert outcomes.isdisjoint(names)
     assert names[-2:] == ["music_id", "search_source"]
     assert {f.kind for f in write().features} == {"categorical"}
+
+
+class TestBags:
+    """Words of captions and queries, which are features where data.kuaisar.bags names them."""
+
+    BOTH = ("caption", "keyword")
+
+    @pytest.mark.parametrize("headers", [SMALL, FULL], ids=["small", "full"])
+    def test_features_and_values(self, write, headers):
+        adapter = write(headers, bags=self.BOTH)
+        assert adapter.features[-3:] == (
+            RawFeature("caption", "item", "sequence", max_length=16),
+            RawFeature("search_source", "context", "categorical"),
+            RawFeature("keyword", "context", "sequence", max_length=8),
+        )
+        assert tables(adapter.parse_entities("item"))[0]["caption"].to_pylist() == [["2077636", "5"]]
+        search, rec = parse(adapter, "src_inter")[0], parse(adapter, "rec_inter")[0]
+        assert search["keyword"].to_pylist() == [["20", "34", "3"]]
+        assert rec["keyword"].to_pylist() == [None]
+        context = (("search_source", "categorical"), ("keyword", "sequence"))
+        assert merged(adapter).schema == schema.events_schema("int64", "int64", context)
+        assert search.schema == rec.schema
+        assert merged(adapter)["keyword"].to_pylist() == [None, ["20", "34", "3"]]
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("[7]", ["7"]),
+            ('"[1,2,  3]"', ["1", "2", "3"]),
+            ("[]", None),
+            ("", None),
+            ("9007199254740993", ["9007199254740993"]),
+            ("[nan]", None),
+            ('"[4, 4, 5]"', ["4", "4", "5"]),
+        ],
+    )
+    def test_texts(self, write, text, words):
+        adapter = write(bags=self.BOTH, item_features=[{"caption": text}], src_inter=[{"keyword": text}])
+        assert tables(adapter.parse_entities("item"))[0]["caption"].to_pylist() == [words]
+        assert parse(adapter, "src_inter")[0]["keyword"].to_pylist() == [words]
+        assert merged(adapter)["keyword"].to_pylist() == [None, words]
+
+    def test_searches_are_told_apart_by_their_text_as_without_bags(self, write, tmp_path):
+        rows = [{"keyword": text} for text in ("[1]", "[2]", "[1]", "", "[]")]
+        with_bags = write(bags=self.BOTH, src_inter=rows)
+        without = write(folder=tmp_path / "without", src_inter=rows)
+        assert merged(with_bags).drop_columns(["keyword"]) == merged(without)
+        assert merged(with_bags)["keyword"].to_pylist()[1:] == [["1"], ["2"], None, None]
+
+    def test_a_file_without_captions(self, write):
+        header = SMALL | {"item_features": SMALL["item_features"].replace("caption,", "")}
+        write(header, bags=("keyword",)).shards()
+        with pytest.raises(DataError, match="no column 'caption' in the header"):
+            write(header, bags=("caption",)).shards()
+
+    def test_one_alone(self, write):
+        names = [f.name for f in write(bags=("caption",)).features if f.kind == "sequence"]
+        assert names == ["caption"]
+        assert "keyword" not in merged(write(bags=("caption",))).column_names
 
 
 def test_music_id_is_a_feature_only_where_a_file_has_it(write):

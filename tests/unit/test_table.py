@@ -41,6 +41,26 @@ def read_entities(built: TableAdapter, source: str) -> tuple[pa.Table, list[dict
     return pa.concat_tables([b.table for b in blocks]), pa.concat_tables([b.rejects for b in blocks]).to_pylist()
 
 
+def test_lists_of_the_context(tmp_path):
+    (tmp_path / "interactions.csv").write_text(
+        HEADER.strip() + ",query,tags\nu,a,web,1,Red  SHOES!,x | y\nu,b,web,2,,|\n"
+    )
+    features = [
+        {"name": "query", "source": "context", "kind": "text", "max_length": 4},
+        {"name": "tags", "source": "context", "kind": "sequence"},
+    ]
+    built = adapter(tmp_path, features=features)
+    assert built.features == (
+        RawFeature("query", "context", "sequence", 4),
+        RawFeature("tags", "context", "sequence", 16),
+    )
+    events, rejects = read_events(built)
+    assert rejects == []
+    assert events.schema == events_schema("string", "string", (("query", "sequence"), ("tags", "sequence")))
+    assert events["query"].to_pylist() == [["red", "shoes"], None]
+    assert events["tags"].to_pylist() == [["x", "y"], []]
+
+
 def test_events_of_csv(tmp_path):
     (tmp_path / "interactions.csv").write_text(
         "when,user,thing,place,stars,hour,price\n"
