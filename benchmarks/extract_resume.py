@@ -58,7 +58,7 @@ def write_store(uri: str, num_keys: int, width: int) -> None:
 def find_missing(uri: str, num_keys: int) -> dict[str, float]:
     """Finds out, in this process, that the store has all keys; returns seconds and the process's peak memory."""
     keys = np.random.default_rng(2).permutation(random_keys(num_keys))
-    prompts = PromptSet(("users",), ("user",), (None,), np.array([num_keys]), keys, np.arange(num_keys, dtype=np.int32))
+    prompts = PromptSet(("users",), ("user",), np.array([num_keys]), keys, np.arange(num_keys, dtype=np.int32))
     started = time.perf_counter()
     num_missing = len(missing_prompts(prompts, KnowledgeStore(uri, IDENTITY).index()))
     seconds = time.perf_counter() - started

@@ -166,8 +166,10 @@ class Collator:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of prepared rows that are read; time and position are not."""
+        """The columns of prepared rows that are read; time and position only where knowledge has folds."""
         context = (*self.context_ids, *self.context_numeric, *self.context_sequences)
+        if self.knowledge is not None and self.knowledge.folds is not None:
+            context += ("timestamp_ms", "position")
         return ["row_id", "user_row", "item_row", "scenario", "label", *self.history_columns.values(), *context]
 
     def __call__(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None, training: bool = False) -> Batch:
@@ -175,7 +177,7 @@ class Collator:
 
         Args:
             rows: The rows.
-            training: Their users' knowledge is that which does not quote the row's item (`llm4msr.knowledge.folds`).
+            training: Their users' knowledge is that without the likes of the row's fold (`llm4msr.knowledge.folds`).
             liked: Item rows, oldest first, by log: what all these rows' user liked, instead of the logs.
         """
         user_row_B, item_row_B = rows["user_row"], rows["item_row"]
@@ -194,7 +196,8 @@ class Collator:
         if self.knowledge is not None:
             table = self.knowledge
             if training and table.folds is not None:
-                vectors_NK, index_B = table.folds.vectors_NK, table.folds.rows(user_row_B, item_row_B)
+                vectors_NK = table.folds.vectors_NK
+                index_B = table.folds.rows(user_row_B, rows["timestamp_ms"], rows["position"])
             else:
                 vectors_NK, index_B = table.users_NK, table.user_index_N[user_row_B]
             user_UK, user_B = _gather_distinct(vectors_NK, index_B)

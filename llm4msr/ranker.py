@@ -209,7 +209,7 @@ class Ranker:
         liked = None if request.history is None else self._liked(request.history)
         score_N = self.score(rows, liked)[index_N]
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
-        knowledge = self.checkpoint.knowledge if self.checkpoint.model.user_meta is not None else None
+        knowledge = self.checkpoint.knowledge if self.checkpoint.model.reads_users else None
         return RankResponse(
             model_version=self.model_version,
             user_known=user_row > 0,

@@ -90,6 +90,12 @@ class Config(BaseSettings):
             )
         if self.model.embedding_sharding == "sharded":
             self._check_sharded()
+        if self.model.knowledge_match and self.knowledge.user_vectors != "items":
+            raise ValueError(
+                "model.knowledge_match compares a user's vector with an item's: with knowledge.user_vectors = "
+                f"{self.knowledge.user_vectors!r} a training row's user vector was made from its own item, and the "
+                "ranker would learn to look for it there; set user_vectors to 'items', or switch knowledge_match off"
+            )
         meta, levels = self.model.meta, self.knowledge.levels
         if set(self.experiment.knowledge) == {"none"}:
             return self

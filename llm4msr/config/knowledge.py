@@ -63,9 +63,12 @@ class KnowledgeConfig(Section):
     """Prompts are cut to this many tokens; the oldest history goes first, the instruction stays."""
     max_events_per_scenario: PositiveInt = 12
     """Most recent liked items quoted per scenario."""
-    folds: Annotated[int, Field(ge=0, le=100)] = 4
-    """So many more prompts per user, each without the items of one fold: a training row sees knowledge that does not
-    quote its own item. 0: training sees the whole prompts too, and learns to look up answers in them."""
+    user_vectors: Literal["prompt", "items"] = "prompt"
+    """prompt: the model reads a prompt about each user, as published; items: the mean of its vectors of the items that
+    the user liked, with no prompts of users. Needs level item."""
+    folds: Annotated[int, Field(ge=2, le=100)] = 2
+    """user_vectors = items: a training row sees the mean without the likes of its fold of moments, so that it does not
+    find its own answer."""
     generate: bool = False
     """Let a causal LM answer in words; the text is stored beside the vector (jobs.explain prints it)."""
     max_new_tokens: PositiveInt = 128
@@ -105,8 +108,15 @@ class KnowledgeConfig(Section):
     def _check(self) -> KnowledgeConfig:
         if not self.levels or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels = {list(self.levels)}: give at least one of scenario, user, item, each once")
-        if self.folds == 1:
-            raise ValueError("folds = 1 would leave nothing to quote: give 0, or 2 and more")
+        if self.user_vectors == "items" and not {"user", "item"} <= set(self.levels):
+            raise ValueError(
+                f"user_vectors = 'items' with levels = {list(self.levels)}: users' vectors are made of items' vectors, "
+                "so both user and item are needed"
+            )
+        if self.user_vectors == "items" and self.refresh_min_new_events:
+            raise ValueError(
+                "refresh_min_new_events is for prompts of users, and user_vectors = 'items' has none; set it to 0"
+            )
         if self.state_from == "generated" and not self.generate:
             raise ValueError("state_from = 'generated' needs generate = true")
         if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:

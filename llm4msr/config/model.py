@@ -82,6 +82,8 @@ class ModelConfig(Section):
     """Of the backbones made of experts."""
     adaptive: AdaptiveConfig = AdaptiveConfig()
     """Of the backbones that adapt themselves to the scenario."""
+    knowledge_match: bool = False
+    """How near the user's knowledge is to the item's, as one more input; for knowledge.user_vectors = items."""
     meta: MetaConfig = MetaConfig()
     """The meta networks; not used where experiment.knowledge is none."""
 

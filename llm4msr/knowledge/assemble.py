@@ -12,7 +12,7 @@ import pyarrow as pa
 from llm4msr import storage
 from llm4msr.knowledge.plan import PromptSet
 from llm4msr.knowledge.store import KnowledgeStore, StoreIndex, key_text
-from llm4msr.knowledge.table import FILES, FOLD_FILES
+from llm4msr.knowledge.table import FILES
 
 BLOCK_BYTES = 1 << 25
 
@@ -49,33 +49,6 @@ def write_table(
         _save_vectors(storage.join(uri, FILES[f"{level}s_NK"]), store, index, distinct_U, width)
         counts[f"num_{level}s_with_knowledge"] = int(np.count_nonzero(index_N))
     return counts
-
-
-def write_folds(
-    uri: str, store: KnowledgeStore, index: StoreIndex, prompts: PromptSet, fold_N: np.ndarray, num_users: int
-) -> None:
-    """Writes the files of a table's `UserFolds`.
-
-    Args:
-        uri: The table's directory.
-        store: Holds the vectors.
-        index: Of the store.
-        prompts: All prompts.
-        fold_N: Fold of each item row.
-        num_users: Users, whether they have prompts or not.
-    """
-    position_P = index.find(prompts.keys_P)
-    folds = sorted({fold for fold in prompts.folds if fold is not None})
-    found = [(fold, prompts.of_level("user", fold) & (position_P >= 0)) for fold in folds]
-    distinct_U, row_P = _in_order(np.concatenate([position_P[found_P] for _, found_P in found]))
-    index_FN = np.zeros((int(fold_N.max()) + 1, num_users + 1), np.int32)
-    rows = np.split(row_P, np.cumsum([np.count_nonzero(found_P) for _, found_P in found])[:-1])
-    for (fold, found_P), row_F in zip(found, rows, strict=True):
-        index_FN[fold, prompts.subject_row_P[found_P]] = row_F + 1
-    _save(storage.join(uri, FOLD_FILES["index_FN"]), index_FN)
-    _save(storage.join(uri, FOLD_FILES["fold_N"]), fold_N)
-    width = store.vectors(index, position_P[position_P >= 0][:1]).shape[1]
-    _save_vectors(storage.join(uri, FOLD_FILES["vectors_NK"]), store, index, distinct_U, width)
 
 
 def write_errors(uri: str, index: StoreIndex, prompts: PromptSet) -> pa.Table:

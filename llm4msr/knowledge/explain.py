@@ -50,7 +50,7 @@ class Neighbour:
         num_ids: How many there are.
         similarity: Cosine of the vectors, each less the mean of its level; -1 to 1.
         raw_similarity: Cosine of the vectors as they are.
-        first_line: First line of the prompt.
+        first_line: First line of the prompt; empty where there is none.
     """
 
     ids: tuple[str, ...]
@@ -216,6 +216,9 @@ def _listed(keys: pa.ChunkedArray) -> str:
 def _reading(extraction: Extraction, level: Level, row: int, has_knowledge: bool) -> tuple[dict[str, Any], list[str]]:
     """Returns the explanation's fields from `prompt` to `reason`, and notes."""
     fields: dict[str, Any] = dict.fromkeys(("prompt", "prompt_read", *COUNTS, "generated_text", "reason"))
+    if level == "user" and extraction.manifest.get("user_vectors") == "items":
+        reason = None if has_knowledge else "no liked training row of an item with knowledge"
+        return fields | {"reason": reason}, ["the vector is the mean of those of the items that the user liked"]
     if level not in extraction.manifest["levels"]:
         levels = ", ".join(extraction.manifest["levels"])
         return fields | {"reason": f"not extracted: knowledge.levels was {levels}"}, []
@@ -297,13 +300,14 @@ def _neighbours(
     owners = [entity_M[space.index_N[entity_M] == at] for at, _ in found]
     keys = extraction.entities(level, ["key"])["key"]
     prompts = extraction.prompts(level, [int(rows[0]) for rows in owners], ["text"])
+    texts = {row: table["text"][0].as_py() for row, table in prompts.items()}
     return tuple(
         Neighbour(
             ids=tuple(str(key) for key in keys.take(rows[:MAX_IDS] - 1).to_pylist()),
             num_ids=len(rows),
             similarity=_rounded(similarity),
             raw_similarity=_rounded(cosine(space.vectors_NK[at].astype(np.float32), vector_K)),
-            first_line=prompts[int(rows[0])]["text"][0].as_py().split("\n", 1)[0],
+            first_line=texts.get(int(rows[0]), "").split("\n", 1)[0],
         )
         for (at, similarity), rows in zip(found, owners, strict=True)
     )

@@ -90,7 +90,7 @@ class Extraction:
         """
         root = storage.join(self.uri, place.PROMPTS_DIRECTORY)
         files = storage.read_manifest(root, "run jobs.extract again")["files"]
-        uris = [storage.join(root, file["file"]) for file in files if file["level"] == level and "fold" not in file]
+        uris = [storage.join(root, file["file"]) for file in files if file["level"] == level]
 
         def find(uri: str) -> tuple[np.ndarray, np.ndarray]:
             row_N = storage.read_parquet(uri, ["subject_row"])["subject_row"].to_numpy()

@@ -1,12 +1,13 @@
-"""Out-of-fold knowledge of users: what a training row may be asked with.
+"""What a training row may know of its user: vectors made without the likes of the row's own moment.
 
-A user's prompt quotes what the user liked. A training row that asks about one of these items would find its own answer
-in the prompt, and the ranker would learn to look there instead of learning what interests mean: at serving nothing of
-the kind is quoted. So items are dealt into F folds by a hash of their id; for each fold a user has one more prompt,
-which quotes none of the fold's items; and a training row sees the one of its item's fold. Validation, test and serving
-see the whole prompt. It is the out-of-fold rule of stacked generalisation (Wolpert 1992) and target encoding.
+A vector made of what a user liked holds the answer to the very rows that training asks about. A ranker that may look
+there learns to look there, and at serving finds nothing. So the moments of a user's rows are dealt into F folds, each
+user has one more vector per fold, made without the fold's likes, and a training row sees that of its own fold. It is
+the out-of-fold rule of stacked generalisation (Wolpert 1992). Validation, test and serving see the whole vector.
 
-Axes: N rows of users or items (row 0: unknown), F folds, K knowledge width.
+All rows of one moment (an impression; a positive and the negatives drawn for it) are in one fold.
+
+Axes: B rows, N users (row 0: unknown), F folds, K knowledge width.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import pyarrow as pa
 from llm4msr.data.splits import bucket_of
 
 
-def item_folds(item_keys: pa.Array, num_folds: int) -> np.ndarray:
-    """Returns the fold of every item row, int8 (N,); that of row 0, the unknown item, is 0.
-
-    It follows from the raw id alone, so that an item stays in its fold when the data grows.
+def folds_of(timestamp_ms_B: np.ndarray, position_B: np.ndarray, num_folds: int) -> np.ndarray:
+    """Returns the fold of each row, (B,) int64: a hash of its time, or of its position where it has none.
 
     Args:
-        item_keys: Raw ids of the items' feature table; record i is item_row i + 1.
-        num_folds: F, 2 to 127.
+        timestamp_ms_B: Unix time; below 0 where there is none.
+        position_B: Place of the row among its user's rows.
+        num_folds: F.
     """
-    return np.concatenate([[0], bucket_of(item_keys, num_folds)]).astype(np.int8)
+    moment_B = np.where(timestamp_ms_B < 0, position_B, timestamp_ms_B).astype(np.int64)
+    return bucket_of(pa.array(moment_B), num_folds)
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,26 @@ class UserFolds:
 
     Attributes:
         vectors_NK: (vectors + 1, K) float16; row 0 is zeros and means "no knowledge".
-        index_FN: (F, num_users + 1) int32; row of `vectors_NK` of each user's prompt without the items of a fold, 0
+        index_FN: (F, num_users + 1) int32; row of `vectors_NK` of each user's vector without the likes of a fold, 0
             where nothing else was liked.
-        fold_N: (num_items + 1,) int8; fold of each item row.
     """
 
     vectors_NK: np.ndarray
     index_FN: np.ndarray
-    fold_N: np.ndarray
 
     def __post_init__(self) -> None:
-        """Checks types, shapes and the range of the indices."""
-        for name, dtype, ndim in (("vectors_NK", np.float16, 2), ("index_FN", np.int32, 2), ("fold_N", np.int8, 1)):
+        """Checks types, shapes and the range of the index."""
+        for name, dtype in (("vectors_NK", np.float16), ("index_FN", np.int32)):
             array = getattr(self, name)
-            if array.dtype != dtype or array.ndim != ndim or not array.size:
+            if array.dtype != dtype or array.ndim != 2 or not array.size:
                 raise ValueError(
-                    f"{name}: found {array.dtype} of shape {array.shape}, needed {np.dtype(dtype)} with {ndim} axes"
+                    f"{name}: found {array.dtype} of shape {array.shape}, needed {np.dtype(dtype)} with 2 axes"
                 )
         if int(self.index_FN.min()) < 0 or int(self.index_FN.max()) >= len(self.vectors_NK):
-            raise ValueError(f"index_FN holds rows outside of the {len(self.vectors_NK)} of vectors_NK")
-        if int(self.fold_N.min()) < 0 or int(self.fold_N.max()) >= len(self.index_FN):
-            raise ValueError(f"fold_N names folds outside of the {len(self.index_FN)} of index_FN")
+            raise ValueError(f"index_FN names rows outside of the {len(self.vectors_NK)} of vectors_NK")
+        if np.any(self.vectors_NK[0]):
+            raise ValueError("vectors_NK[0] must be zeros: it stands for users without knowledge")
 
-    def rows(self, user_row_B: np.ndarray, item_row_B: np.ndarray) -> np.ndarray:
+    def rows(self, user_row_B: np.ndarray, timestamp_ms_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
         """Returns (B,) the rows of `vectors_NK` that training rows may see."""
-        return self.index_FN[self.fold_N[item_row_B], user_row_B]
+        return self.index_FN[folds_of(timestamp_ms_B, position_B, len(self.index_FN)), user_row_B]

@@ -34,14 +34,15 @@ from llm4msr.config import Config, digest
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge import place
 from llm4msr.knowledge.actors import Pool, encode_units, plan_pool
-from llm4msr.knowledge.assemble import write_errors, write_folds, write_table
+from llm4msr.knowledge.assemble import write_errors, write_table
 from llm4msr.knowledge.engines.build import engine_identity
 from llm4msr.knowledge.engines.model_files import EncoderError
-from llm4msr.knowledge.folds import item_folds
 from llm4msr.knowledge.plan import PromptSet, missing_prompts, num_planned, open_plan
+from llm4msr.knowledge.pooled import write_pooled_users
 from llm4msr.knowledge.progress import speed, write_scalars
 from llm4msr.knowledge.prompt_stage import all_prompts
 from llm4msr.knowledge.store import KnowledgeStore, StoreIndex
+from llm4msr.knowledge.table import FILES, load_array
 from llm4msr.storage import MANIFEST
 
 SAMPLE_FILE = "prompts.txt"
@@ -50,7 +51,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 UNITS_PER_ACTOR = 4
 MIN_ROWS_PER_UNIT = 64
 # Part of what an extraction is: raise it when the same prompts would give another table.
-EXTRACT_VERSION = 1
+EXTRACT_VERSION = 2
 
 logger = logging.getLogger("llm4msr.knowledge")
 
@@ -114,10 +115,8 @@ def extract(config: Config) -> str:
             "item": counts["num_items"],
         }
         table = write_table(job.uri, job.store, index, prompts, num_subjects)
-        if job.config.knowledge.folds:
-            item_keys = job.prepared.items()["key"].combine_chunks()
-            fold_N = item_folds(item_keys, job.config.knowledge.folds)
-            write_folds(job.uri, job.store, index, prompts, fold_N, counts["num_users"])
+        if job.config.knowledge.user_vectors == "items":
+            table["num_users_with_knowledge"] = _pool_users(job, counts["num_users"])
         summary = {
             **counts,
             **done,
@@ -136,9 +135,15 @@ def extract(config: Config) -> str:
         _say(job.uri, summary)
     directory = {"directory": job.uri.rsplit("/", 1)[-1]}
     storage.write_json(pointer, directory)
-    if "user" in config.knowledge.levels:
+    if "user" in config.knowledge.levels and config.knowledge.user_vectors == "prompt":
         storage.write_json(place.last_pointer_uri(config, job.source), directory)
     return job.uri
+
+
+def _pool_users(job: _Job, num_users: int) -> int:
+    rows_uris = [uri for uri, _ in job.prepared.files("train")]
+    items = [load_array(storage.join(job.uri, FILES[name])) for name in ("items_NK", "item_index_N")]
+    return write_pooled_users(job.uri, rows_uris, num_users, job.config.knowledge.folds, *items)
 
 
 def _open(config: Config) -> _Job:
@@ -158,7 +163,8 @@ def _open(config: Config) -> _Job:
         "encoder_digest": store.identity_digest,
         "max_events": config.knowledge.max_events_per_scenario,
         "levels": sorted(config.knowledge.levels),
-        "folds": config.knowledge.folds,
+        "user_vectors": config.knowledge.user_vectors,
+        "folds": config.knowledge.folds if config.knowledge.user_vectors == "items" else None,
         "scenarios": list(prepared.schema.scenario_names),
         "refresh_min_new_events": config.knowledge.refresh_min_new_events,
         "refreshed_from": None,

@@ -29,7 +29,6 @@ class PromptSet:
     Attributes:
         files: URIs of the files of prompts.
         levels: Level of each file.
-        folds: The fold that a file's prompts leave out, None for whole prompts.
         ends_F: (F,) int64; P-position after the last prompt of each file.
         keys_P: `store.KEY_DTYPE`; key of each prompt.
         subject_row_P: int32; user_row, item_row or scenario index.
@@ -37,15 +36,14 @@ class PromptSet:
 
     files: tuple[str, ...]
     levels: tuple[str, ...]
-    folds: tuple[int | None, ...]
     ends_F: np.ndarray
     keys_P: np.ndarray
     subject_row_P: np.ndarray
 
-    def of_level(self, level: str, fold: int | None = None) -> np.ndarray:
-        """Returns the (P,) mask of the prompts of one level: the whole ones, or those that leave out a fold."""
-        wanted = [of == (level, fold) for of in zip(self.levels, self.folds, strict=True)]
-        return np.repeat(np.array(wanted, dtype=bool), np.diff(self.ends_F, prepend=0))
+    def of_level(self, level: str) -> np.ndarray:
+        """Returns the (P,) mask of the prompts of one level."""
+        sizes = np.diff(self.ends_F, prepend=0)
+        return np.repeat(np.array([of == level for of in self.levels], dtype=bool), sizes)
 
     def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the file of each prompt, by its number, and the record there."""
@@ -130,20 +128,19 @@ def _flatten(plan: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def read_prompt_set(files: Sequence[tuple[str, str, int | None]]) -> PromptSet:
+def read_prompt_set(files: Sequence[tuple[str, str]]) -> PromptSet:
     """Reads keys and subjects of all prompts.
 
     Args:
-        files: (uri, level, fold left out or None) of each file of prompts.
+        files: (uri, level) of each file of prompts.
 
     Raises:
         StorageError: A file is missing or damaged.
     """
-    tables = [storage.read_parquet(uri, ["key", "subject_row"]) for uri, _, _ in files]
+    tables = [storage.read_parquet(uri, ["key", "subject_row"]) for uri, _ in files]
     return PromptSet(
-        tuple(uri for uri, _, _ in files),
-        tuple(level for _, level, _ in files),
-        tuple(fold for _, _, fold in files),
+        tuple(uri for uri, _ in files),
+        tuple(level for _, level in files),
         np.cumsum([len(table) for table in tables]),
         keys_to_numpy(pa.concat_tables(tables)["key"]),
         pa.concat_tables(tables)["subject_row"].to_numpy(),

@@ -1,7 +1,6 @@
 """Writes the prompts of one data set to files: Parquet to encode from, and a text file to read.
 
-One file per bucket of users (and one per bucket and fold: `llm4msr.knowledge.folds`), one per so many items, one of the
-scenarios. These are the bodies of Ray tasks, kept
+One file per bucket of users, one per so many items, one of the scenarios. These are the bodies of Ray tasks, kept
 apart from the engines so that a process that writes prompts loads no model.
 
 A user whose logs changed little may keep the prompt of the last extraction, and with it the vector
@@ -45,7 +44,6 @@ class Subjects:
         max_events: Item texts quoted per user and scenario.
         positives_only: Count rows with label 1 alone, because the others were drawn and are no interactions.
         with_users: Write user prompts, not only count.
-        fold_N: Fold of each item row, for the prompts that leave a fold out; None where there are none.
     """
 
     user_keys: pa.Array
@@ -57,7 +55,6 @@ class Subjects:
     max_events: int
     positives_only: bool
     with_users: bool
-    fold_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -65,71 +62,46 @@ class Previous:
     """The user prompts of the last extraction, from which a user with little news keeps its own.
 
     Attributes:
-        files: URIs of its files of user prompts, by the fold that they leave out; None: nothing.
+        files: URIs of its files of user prompts.
         num_buckets: Buckets its users were divided into.
         new_num_buckets: Buckets they are divided into now.
         min_new_events: From so many new liked rows on, a user gets a new prompt.
     """
 
-    files: dict[int | None, tuple[str, ...]]
+    files: tuple[str, ...]
     num_buckets: int
     new_num_buckets: int
     min_new_events: int
 
-    def of_bucket(self, file: str, fold: int | None) -> list[str]:
+    def of_bucket(self, file: str) -> list[str]:
         """Returns the old files that can hold users of a new file; both number their bucket by the same hash."""
         step = math.gcd(self.num_buckets, self.new_num_buckets)
-        return [old for old in self.files.get(fold, ()) if (_bucket(old) - _bucket(file)) % step == 0]
+        return [old for old in self.files if (_bucket(old) - _bucket(file)) % step == 0]
 
 
 @dataclass(frozen=True)
 class UserPrompts:
-    """What came of one bucket.
-
-    Attributes:
-        stats: Its scenario counts.
-        num_prompts: Of the users' whole prompts, then of those that leave out fold 0, 1, ...
-        num_kept: How many users kept an old prompt.
-    """
+    """What came of one bucket: its scenario counts, its prompts, and how many users kept an old one."""
 
     stats: ScenarioStats
-    num_prompts: tuple[int, ...]
+    num_prompts: int
     num_kept: int
 
 
-def write_user_prompts(
-    subjects: Subjects, rows_uri: str, target_uris: Sequence[str], previous: Previous | None
-) -> UserPrompts:
+def write_user_prompts(subjects: Subjects, rows_uri: str, target_uri: str, previous: Previous | None) -> UserPrompts:
     """Writes the user prompts of one bucket of training rows.
 
     Args:
         subjects: What prompts are made from.
         rows_uri: The rows; whole users.
-        target_uris: Where the prompts go, named as the bucket is: the whole ones, then those that leave out a fold.
+        target_uri: Where the prompts go, named as the bucket is.
         previous: The last extraction, where users may keep its prompts.
     """
     rows = storage.read_parquet(rows_uri, profiles.COLUMNS)
     counted = rows.filter(pc.equal(rows["label"], 1)) if subjects.positives_only else rows
     stats = ScenarioStats.count(counted, len(subjects.scenarios))
     if not subjects.with_users:
-        return UserPrompts(stats, (0,) * len(target_uris), 0)
-    folds: list[int | None] = [None, *range(len(target_uris) - 1)]
-    num_prompts, num_kept = [], 0
-    for fold, target_uri in zip(folds, target_uris, strict=True):
-        table, kept = _user_prompts(subjects, rows, target_uri, fold, previous)
-        storage.write_parquet(target_uri, table, ROW_GROUP_ROWS)
-        num_prompts.append(len(table))
-        num_kept += kept if fold is None else 0
-    return UserPrompts(stats, tuple(num_prompts), num_kept)
-
-
-def _user_prompts(
-    subjects: Subjects, rows: pa.Table, target_uri: str, fold: int | None, previous: Previous | None
-) -> tuple[pa.Table, int]:
-    """Returns the prompts that leave out a fold, and how many users keep an old one."""
-    if fold is not None:
-        assert subjects.fold_N is not None
-        rows = rows.filter(pa.array(subjects.fold_N[rows["item_row"].to_numpy()] != fold))
+        return UserPrompts(stats, 0, 0)
     liked = LikedRows.select(rows, subjects.items)
     found = list(
         profiles.user_profiles(
@@ -146,10 +118,11 @@ def _user_prompts(
     )
     num_kept = 0
     if previous is not None and len(table):
-        for old_uri in previous.of_bucket(target_uri, fold):
+        for old_uri in previous.of_bucket(target_uri):
             table, kept = keep_previous(table, storage.read_parquet(old_uri), liked, previous.min_new_events)
             num_kept += kept
-    return table, num_kept
+    storage.write_parquet(target_uri, table, ROW_GROUP_ROWS)
+    return UserPrompts(stats, len(table), num_kept)
 
 
 def keep_previous(prompts: pa.Table, old: pa.Table, liked: LikedRows, min_new_events: int) -> tuple[pa.Table, int]:

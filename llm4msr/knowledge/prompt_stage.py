@@ -15,7 +15,6 @@ from llm4msr.config import KnowledgeConfig
 from llm4msr.data.prepared import PreparedData
 from llm4msr.data.source import DataError
 from llm4msr.knowledge import profiles
-from llm4msr.knowledge.folds import item_folds
 from llm4msr.knowledge.plan import PromptSet, read_prompt_set
 from llm4msr.knowledge.profiles import MAX_ITEM_CHARACTERS, ScenarioStats
 from llm4msr.knowledge.prompt_files import (
@@ -59,9 +58,7 @@ def all_prompts(
     if not storage.is_finished(root):
         storage.write_manifest(root, _write(root, sample_uri, prepared, settings, identity_digest, previous))
     manifest = storage.read_manifest(root, "run jobs.extract again")
-    prompts = read_prompt_set(
-        [(storage.join(root, file["file"]), file["level"], file.get("fold")) for file in manifest["files"]]
-    )
+    prompts = read_prompt_set([(storage.join(root, file["file"]), file["level"]) for file in manifest["files"]])
     if len(prompts.keys_P) != sum(file["num_prompts"] for file in manifest["files"]):
         raise storage.StorageError(f"{root}: its files do not hold the prompts that manifest.json says; remove it")
     return prompts, manifest["counts"]
@@ -86,18 +83,15 @@ def _write(
         max_events=settings.max_events_per_scenario,
         # Drawn negatives are no interactions: nothing is said of them.
         positives_only=prepared.manifest["data"].get("drawn_negatives", 0) > 0,
-        with_users="user" in settings.levels,
-        fold_N=item_folds(items["key"].combine_chunks(), settings.folds) if settings.folds else None,
+        with_users="user" in settings.levels and settings.user_vectors == "prompt",
     )
     shared = ray.put(subjects)
     old = previous and _previous(previous, prepared, settings)
     # Files of an earlier attempt, which was killed or had other buckets.
     storage.remove(root)
     write_users, write_items = ray.remote(write_user_prompts), ray.remote(write_item_prompts)
-    files = [(uri, _names(uri.rsplit("/", 1)[-1], settings.folds)) for uri, _ in prepared.files("train")]
-    users_done = [
-        write_users.remote(shared, uri, [storage.join(root, name) for name in names], old) for uri, names in files
-    ]
+    files = [(uri, uri.rsplit("/", 1)[-1]) for uri, _ in prepared.files("train")]
+    users_done = [write_users.remote(shared, uri, storage.join(root, name), old) for uri, name in files]
     item_files = []
     if "item" in settings.levels:
         for number, first in enumerate(range(0, len(items), ITEMS_PER_FILE)):
@@ -114,31 +108,23 @@ def _write(
     if "scenario" in settings.levels:
         number = write_scenario_prompts(subjects, stats, storage.join(root, SCENARIOS_FILE))
         entries.append({"file": SCENARIOS_FILE, "level": "scenario", "num_prompts": number})
-    for (_, names), numbers in zip(files, num_prompts, strict=True):
-        for fold, (name, number) in enumerate(zip(names, numbers, strict=True), start=-1):
-            if number:
-                of_fold = {} if fold < 0 else {"fold": fold}
-                entries.append({"file": name, "level": "user", "num_prompts": number} | of_fold)
+    for (_, name), number in zip(files, num_prompts, strict=True):
+        if number:
+            entries.append({"file": name, "level": "user", "num_prompts": number})
     entries += [file | {"num_prompts": ray.get(file["num_prompts"])} for file in item_files]
     if not any(entry["num_prompts"] for entry in entries):
         raise DataError(
             f"{prepared.uri}: there is nothing to ask about at knowledge.levels = {list(settings.levels)}: no known "
             "user liked anything, or no item has a text (data.table.item_text_columns)"
         )
-    write_sample([storage.join(root, entry["file"]) for entry in entries if "fold" not in entry], sample_uri)
+    write_sample([storage.join(root, entry["file"]) for entry in entries], sample_uri)
     counts = {"num_users": len(users), "num_items": len(items), "num_kept": num_kept}
     return {"files": entries, "counts": counts, "num_buckets": prepared.manifest["num_buckets"]}
 
 
-def _names(bucket: str, num_folds: int) -> list[str]:
-    """Returns the files of a bucket's prompts: the whole ones, then those that leave out a fold."""
-    return [bucket, *(f"fold-{fold}/{bucket}" for fold in range(num_folds))]
-
-
-def _gather(tasks: list[ray.ObjectRef]) -> tuple[ScenarioStats, list[tuple[int, ...]], int]:
+def _gather(tasks: list[ray.ObjectRef]) -> tuple[ScenarioStats, list[int], int]:
     """Returns the counts of all buckets, added up as they come in, the prompts of each, and users that kept theirs."""
-    stats, num_kept = None, 0
-    num_prompts: list[tuple[int, ...]] = [()] * len(tasks)
+    stats, num_prompts, num_kept = None, [0] * len(tasks), 0
     place_of, waiting = {task: i for i, task in enumerate(tasks)}, tasks
     while waiting:
         (task,), waiting = ray.wait(waiting)
@@ -153,13 +139,8 @@ def _gather(tasks: list[ray.ObjectRef]) -> tuple[ScenarioStats, list[tuple[int, 
 
 def _previous(root: str, prepared: PreparedData, settings: KnowledgeConfig) -> Previous:
     manifest = storage.read_manifest(root, "run jobs.extract again")
-    files: dict[int | None, tuple[str, ...]] = {}
-    for file in manifest["files"]:
-        if file["level"] == "user":
-            fold = file.get("fold")
-            files[fold] = (*files.get(fold, ()), storage.join(root, file["file"]))
     return Previous(
-        files,
+        tuple(storage.join(root, file["file"]) for file in manifest["files"] if file["level"] == "user"),
         manifest["num_buckets"],
         prepared.manifest["num_buckets"],
         settings.refresh_min_new_events,

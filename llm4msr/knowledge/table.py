@@ -24,7 +24,7 @@ FILES = {
     "item_index_N": "item_index.npy",
 }
 # Of a table that training may read: not in a checkpoint.
-FOLD_FILES = {"vectors_NK": "folds.npy", "index_FN": "fold_index.npy", "fold_N": "item_fold.npy"}
+FOLD_FILES = {"vectors_NK": "folds.npy", "index_FN": "fold_index.npy"}
 STATISTICS_BLOCK_BYTES = 1 << 26  # as float64
 
 
@@ -106,19 +106,33 @@ class KnowledgeTable:
 
     def user_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean_K and std_K (float32) of the users' vectors, row 0 left out; 0 and 1 where there are none."""
-        return _statistics(self.users_NK)
+        return column_statistics(self.users_NK)
 
     def item_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean_K and std_K (float32) of the items' vectors, row 0 left out; 0 and 1 where there are none."""
-        return _statistics(self.items_NK)
+        return column_statistics(self.items_NK)
+
+    def random_pairs(self, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns vectors (P, K), float32, of random users and of random items, the same each time; none are missing.
+
+        Args:
+            num_pairs: P; 0 are returned where either level has no vector.
+        """
+        rng = np.random.default_rng(0)
+        tables = (self.users_NK, self.items_NK)
+        num_pairs = num_pairs if all(len(vectors_NK) > 1 for vectors_NK in tables) else 0
+        users_PK, items_PK = (
+            vectors_NK[rng.integers(1, max(len(vectors_NK), 2), num_pairs)].astype(np.float32) for vectors_NK in tables
+        )
+        return users_PK, items_PK
 
     def shuffled(self, seed: int) -> KnowledgeTable:
         """Returns the control: the same vectors, given to the wrong users, scenarios and items.
 
         Users' vectors move along one random cycle through all of them, so that no user keeps its own when there are
         at least two, and users who share a vector still share one; users without knowledge stay without. Items
-        likewise, along a cycle of their own. Scenario rows move on by one. There are no folds: another's prompt does
-        not quote a row's own item.
+        likewise, along a cycle of their own. Scenario rows move on by one. There are no folds: another's
+        likes hold no answers.
 
         Args:
             seed: Seed of the cycles.
@@ -162,16 +176,21 @@ class KnowledgeTable:
         Raises:
             StorageError: A file is missing or is not what `save` writes.
         """
-        arrays = {field: _load(storage.join(uri, name)) for field, name in FILES.items()}
+        arrays = {field: load_array(storage.join(uri, name)) for field, name in FILES.items()}
         with_folds = storage.exists(storage.join(uri, FOLD_FILES["index_FN"]))
         try:
-            folds = UserFolds(**{k: _load(storage.join(uri, v)) for k, v in FOLD_FILES.items()}) if with_folds else None
-            return cls(**arrays, folds=folds)
+            folds = {field: load_array(storage.join(uri, name)) for field, name in FOLD_FILES.items() if with_folds}
+            return cls(**arrays, folds=UserFolds(**folds) if folds else None)
         except ValueError as error:
             raise storage.StorageError(f"{uri}: not a knowledge table: {error}") from error
 
 
-def _load(uri: str) -> np.ndarray:
+def load_array(uri: str) -> np.ndarray:
+    """Opens one file of a table: memory-mapped on a local disk, read from anywhere else.
+
+    Raises:
+        StorageError: It is missing, or no .npy file.
+    """
     try:
         if storage.is_local(uri):
             return np.load(storage.local_path(uri), mmap_mode="r", allow_pickle=False)
@@ -198,7 +217,7 @@ def _cycle(num_rows: int, rng: np.random.Generator) -> np.ndarray:
 def _noise(vectors_NK: np.ndarray, rng: np.random.Generator, first: int = 1) -> np.ndarray:
     """Returns noise with mean and deviation of the rows from `first` on, block by block; the rows before stay."""
     noise_NK = np.zeros_like(vectors_NK, subok=False)
-    mean_K, std_K = _statistics(vectors_NK, first)
+    mean_K, std_K = column_statistics(vectors_NK, first)
     largest = np.finfo(vectors_NK.dtype).max
     for low, high in _blocks(vectors_NK, first):
         block_NK = mean_K + std_K * rng.standard_normal((high - low, len(mean_K)), np.float32)
@@ -213,7 +232,7 @@ def _blocks(vectors_NK: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + block_rows, len(vectors_NK))
 
 
-def _statistics(vectors_NK: np.ndarray, first: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def column_statistics(vectors_NK: np.ndarray, first: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean_K and std_K of the rows from `first` on, read in blocks: never the whole table as float32."""
     num_rows, width = len(vectors_NK) - first, vectors_NK.shape[1]
     if not num_rows:

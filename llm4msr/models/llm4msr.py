@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from llm4msr.knowledge.table import KnowledgeTable
 
 
+MIN_STD = 1e-6
+NUM_PAIRS = 10_000
+
+
 class ItemKnowledge(nn.Module):
     """Item knowledge as a feature: each distinct item's vector condensed K -> item_knowledge_dims.
 
@@ -38,15 +42,56 @@ class ItemKnowledge(nn.Module):
 
     def __init__(self, knowledge_dim: int, config: ModelConfig) -> None:
         super().__init__()
-        self.knowledge_dropout = config.meta.knowledge_dropout
         self.trunk = KnowledgeTrunk(knowledge_dim, config.item_knowledge_dims, missing=True)
         self.output_dim = self.trunk.output_dim
 
     def forward(self, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-        """Returns (B, P); in training a share of the rows is shown without knowledge."""
-        if self.training:
-            index_B = hide_share(index_B, self.knowledge_dropout)
+        """Returns (B, P)."""
         return self.trunk(knowledge_UK)[index_B]
+
+
+class KnowledgeMatch(nn.Module):
+    """How near the user's knowledge is to the item's: the cosine of the two vectors as one more input.
+
+    Both are standardised first. The cosines are brought to about unit scale by their mean and deviation over random
+    pairs of a user and an item; where either has no knowledge the input is 0, the mean.
+    """
+
+    def __init__(self, knowledge_dim: int) -> None:
+        super().__init__()
+        for name in ("user_mean_K", "item_mean_K"):
+            self.register_buffer(name, torch.zeros(knowledge_dim))
+        for name in ("user_std_K", "item_std_K"):
+            self.register_buffer(name, torch.ones(knowledge_dim))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def set_statistics(
+        self, user_mean_K: torch.Tensor, user_std_K: torch.Tensor, item_mean_K: torch.Tensor, item_std_K: torch.Tensor
+    ) -> None:
+        """Sets mean and standard deviation of the knowledge over users and over items."""
+        for level, mean_K, std_K in (("user", user_mean_K, user_std_K), ("item", item_mean_K, item_std_K)):
+            getattr(self, f"{level}_mean_K").copy_(mean_K)
+            getattr(self, f"{level}_std_K").copy_(std_K.clamp(min=MIN_STD))
+
+    def set_scale(self, user_PK: torch.Tensor, item_PK: torch.Tensor) -> None:
+        """Sets mean and deviation of the cosine to those of P random pairs; without a pair they stay 0 and 1."""
+        if len(user_PK) > 1:
+            cosine_P = (self._unit(user_PK, "user") * self._unit(item_PK, "item")).sum(1)
+            self.mean.copy_(cosine_P.mean())
+            self.std.copy_(cosine_P.std().clamp(min=MIN_STD))
+
+    def forward(
+        self, user_UK: torch.Tensor, user_B: torch.Tensor, item_UK: torch.Tensor, item_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns (B, 1)."""
+        cosine_B = (self._unit(user_UK, "user")[user_B] * self._unit(item_UK, "item")[item_B]).sum(1)
+        known_B = (user_B > 0) & (item_B > 0)
+        return torch.where(known_B, (cosine_B - self.mean) / self.std, 0.0).unsqueeze(1)
+
+    def _unit(self, vectors_UK: torch.Tensor, level: str) -> torch.Tensor:
+        mean_K, std_K = getattr(self, f"{level}_mean_K"), getattr(self, f"{level}_std_K")
+        return nn.functional.normalize((vectors_UK - mean_K) / std_K, dim=1)
 
 
 class UserMeta(nn.Module):
@@ -55,7 +100,6 @@ class UserMeta(nn.Module):
     def __init__(self, knowledge_dim: int, input_dim: int, config: MetaConfig) -> None:
         super().__init__()
         self.residual = config.residual
-        self.knowledge_dropout = config.knowledge_dropout
         self.trunk = KnowledgeTrunk(knowledge_dim, config.trunk_dims, missing=True)
         self.layers = nn.ModuleList(
             MetaLayer(self.trunk.output_dim, input_dim, input_dim, config.weight_form, config.rank)
@@ -63,9 +107,7 @@ class UserMeta(nn.Module):
         )
 
     def forward(self, x_BD: torch.Tensor, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-        """Transforms x_BD; in training a share of the rows is shown without knowledge."""
-        if self.training:
-            index_B = hide_share(index_B, self.knowledge_dropout)
+        """Transforms x_BD."""
         z_UZ = self.trunk(knowledge_UK)
         rows = SubjectRows(index_B, *z_UZ.shape)
         for layer in self.layers:
@@ -124,6 +166,8 @@ class MultiScenarioModel(nn.Module):
         item_knowledge: Columns of x_BD after the embedding's, or None.
         user_meta: User-level meta layers at the bottom, or None.
         scenario_meta: Scenario-level meta layers in parallel, or None.
+        match: How near user and item are, the last column of x_BD, or None.
+        knowledge_dropout: In training, the share of rows that see no knowledge of their user; of their item likewise.
     """
 
     def __init__(
@@ -133,6 +177,8 @@ class MultiScenarioModel(nn.Module):
         item_knowledge: ItemKnowledge | None = None,
         user_meta: UserMeta | None = None,
         scenario_meta: ScenarioMeta | None = None,
+        match: KnowledgeMatch | None = None,
+        knowledge_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -140,6 +186,13 @@ class MultiScenarioModel(nn.Module):
         self.item_knowledge = item_knowledge
         self.user_meta = user_meta
         self.scenario_meta = scenario_meta
+        self.match = match
+        self.knowledge_dropout = knowledge_dropout
+
+    @property
+    def reads_users(self) -> bool:
+        """Whether anything depends on the knowledge of the user."""
+        return self.user_meta is not None or self.match is not None
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logit_B, and the squared norm of each row's embeddings (B,) for their penalty."""
@@ -147,11 +200,17 @@ class MultiScenarioModel(nn.Module):
         batch = _sort(batch, order)  # its few ids, so that whatever follows finds each scenario's rows together
         x_BD = self.embedding(batch)
         norm_B = x_BD[:, : self.embedding.embedded_dim].square().sum(1)
+        user_B, item_B = batch.knowledge_index_B, batch.item_knowledge_index_B
+        if self.training:
+            item_B = hide_share(item_B, self.knowledge_dropout) if self.item_knowledge is not None else item_B
+            user_B = hide_share(user_B, self.knowledge_dropout) if self.reads_users else user_B
         if self.item_knowledge is not None:
-            item_BP = self.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
-            x_BD = torch.cat([x_BD, item_BP], dim=1)
+            x_BD = torch.cat([x_BD, self.item_knowledge(batch.item_knowledge_UK, item_B)], dim=1)
+        if self.match is not None:
+            match_B1 = self.match(batch.knowledge_UK, user_B, batch.item_knowledge_UK, item_B)
+            x_BD = torch.cat([x_BD, match_B1], dim=1)
         if self.user_meta is not None:
-            x_BD = self.user_meta(x_BD, batch.knowledge_UK, batch.knowledge_index_B)
+            x_BD = self.user_meta(x_BD, batch.knowledge_UK, user_B)
         logit_B = self.backbone(x_BD, batch.scenario_B)
         if self.scenario_meta is not None:
             logit_B = logit_B + self.scenario_meta(x_BD, batch.scenario_B)
@@ -206,13 +265,16 @@ def build_model(
             "nothing would read the knowledge; use experiment.knowledge none instead"
         )
     items = ItemKnowledge(knowledge_dim, config) if item_knowledge else None
-    layout = embedding.layout(items.output_dim if items else 0)
+    match = KnowledgeMatch(knowledge_dim) if items and config.knowledge_match else None
+    layout = embedding.layout((items.output_dim if items else 0) + (1 if match else 0))
     return MultiScenarioModel(
         embedding,
         build_backbone(layout, num_scenarios, config),
         items,
         UserMeta(knowledge_dim, layout.input_dim, meta) if meta.user_level else None,
         ScenarioMeta(knowledge_dim, layout.input_dim, num_scenarios, meta) if meta.scenario_level else None,
+        match,
+        meta.knowledge_dropout,
     )
 
 
@@ -232,6 +294,9 @@ def set_knowledge(model: MultiScenarioModel, table: KnowledgeTable) -> None:
     ):
         if part is not None:
             part.trunk.set_statistics(*map(torch.from_numpy, statistics()))
+    if model.match is not None:
+        model.match.set_statistics(*map(torch.from_numpy, (*table.user_statistics(), *table.item_statistics())))
+        model.match.set_scale(*map(torch.from_numpy, table.random_pairs(NUM_PAIRS)))
     if model.scenario_meta is not None:
         scenarios_SK = torch.tensor(table.scenarios_SK)
         model.scenario_meta.knowledge_SK.copy_(scenarios_SK)

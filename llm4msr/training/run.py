@@ -26,7 +26,7 @@ from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInter
 
 logger = logging.getLogger("llm4msr.training")
 
-TRAIN_VERSION = 3  # part of a run's digest: with other code, a finished run is not the same run
+TRAIN_VERSION = 4  # part of a run's digest: with other code, a finished run is not the same run
 # What a run's result does not depend on, but for rounding and for which weights dropout hides.
 HOW_NOT_WHAT = {
     "num_workers",

@@ -94,7 +94,7 @@ def write_prepared(config: Config, name: str, world: World, num_buckets: int = 4
 
 def recipe(root: str, url: str, **knowledge: Any) -> dict[str, Any]:
     """The tree of a configuration whose vectors come from the endpoint at `url`."""
-    settings = {"engine": "openai", "model": MODEL, "num_actors": 2, "rows_per_commit": 16, "folds": 0} | knowledge
+    settings = {"engine": "openai", "model": MODEL, "num_actors": 2, "rows_per_commit": 16} | knowledge
     settings["openai"] = {"base_url": url} | settings.get("openai", {})
     return {"workspace_uri": root, "knowledge": settings}
 

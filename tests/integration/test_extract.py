@@ -15,6 +15,8 @@ from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError
 from llm4msr.data.source import DataError
 from llm4msr.knowledge.engines.encoder import Encoder
+from llm4msr.knowledge.explain import explain
+from llm4msr.knowledge.extraction import Extraction
 from llm4msr.knowledge.pipeline import extract
 from llm4msr.knowledge.place import knowledge_uri, store_root
 from llm4msr.knowledge.prompts import prompts_from_table
@@ -70,7 +72,7 @@ def prepare(config: Config, name: str, train: list[list[tuple]], num_users: int 
 
 
 def make_config(root: str, **knowledge) -> Config:
-    settings = {"num_actors": 1, "rows_per_commit": 2, "dtype": "float32", "folds": 0, **knowledge}
+    settings = {"num_actors": 1, "rows_per_commit": 2, "dtype": "float32", **knowledge}
     return config_from_dict({"workspace_uri": root, "knowledge": settings})
 
 
@@ -123,6 +125,36 @@ def test_extract_from_prepared_data_to_table(ray_cluster, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "llm4msr.knowledge"):
         assert extract(config) == uri
     assert f"{uri} is up to date" in caplog.text and summary(uri) == found
+
+
+def test_users_made_of_items_need_no_prompts_of_users(ray_cluster, tmp_path):
+    config = make_config(str(tmp_path), levels=["scenario", "user", "item"], user_vectors="items")
+    prepare(config, "first", TRAIN)
+    uri = extract(config)
+    table = KnowledgeTable.load(uri)
+    prompts = storage.read_parquet(storage.join(uri, "prompts"))
+    assert sorted(set(prompts["level"].to_pylist())) == ["item", "scenario"]
+    # Users 1, 2 and 4 liked an item with a text, user 4 the same one twice; item 6 has none, and user 3 liked nothing.
+    assert (table.user_index_N > 0).tolist() == [False, True, True, False, True]
+    assert summary(uri)["num_users_with_knowledge"] == 3 and summary(uri)["num_users"] == 4
+    items_NK = table.items_NK[1:].astype(np.float64)
+    mean_K, std_K = items_NK.mean(0), np.maximum(items_NK.std(0), 1e-6)
+
+    def unit(vector):
+        return vector / np.linalg.norm(vector)
+
+    tea, pan = (unit((table.items_NK[table.item_index_N[row]] - mean_K) / std_K) for row in (1, 2))
+    np.testing.assert_allclose(table.users_NK[table.user_index_N[1]], unit(tea + pan), atol=1e-3)
+    np.testing.assert_allclose(table.users_NK[table.user_index_N[4]], tea, atol=1e-3)
+    assert table.folds is not None and table.folds.index_FN.shape == (2, 5)
+    explained = explain(Extraction.open(str(tmp_path)), "user", "100")
+    assert explained.has_knowledge and explained.prompt is None
+    assert any("mean of those of the items" in note for note in explained.notes)
+    # The published way, from the same store: nothing of the items is read twice.
+    prompted = make_config(str(tmp_path), levels=["scenario", "user", "item"])
+    other = extract(prompted)
+    assert other != uri and KnowledgeTable.load(other).folds is None
+    assert summary(other)["num_encoded"] == 3
 
 
 def test_only_what_the_store_lacks_is_encoded(ray_cluster, tmp_path):

@@ -107,7 +107,7 @@ def build(
     for level, records in (("user", users), ("scenario", SCENARIOS), ("item", ITEMS)):
         if level in levels:
             commit(store, records, texts, max_tokens)
-    prompts = read_prompt_set([(storage.join(uri, "prompts", f["file"]), f["level"], None) for f in files])
+    prompts = read_prompt_set([(storage.join(uri, "prompts", f["file"]), f["level"]) for f in files])
     index = store.index()
     write_table(uri, store, index, prompts, {"scenario": 2, "user": NUM_USERS, "item": NUM_ITEMS})
     write_errors(storage.join(uri, "errors.parquet"), index, prompts)

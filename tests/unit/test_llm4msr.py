@@ -13,6 +13,7 @@ from llm4msr.batch import Collator, EntityFeatures
 from llm4msr.config import MetaConfig, ModelConfig
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.embedding import FeatureEmbedding
+from llm4msr.models.layers import Order
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.ranker import Ranker
 from llm4msr.training.reader import list_row_groups, read_row_group
@@ -284,13 +285,15 @@ def test_knowledge_dropout_trains_the_missing_vector(prepared, rows):
 def test_a_share_of_the_rows_is_trained_without_item_knowledge(prepared, rows):
     many = {k: np.tile(v, 100) for k, v in rows.items()}
     batch = collator(prepared, tiny_knowledge(items=True))(many)
-    model = build(items=True, knowledge_dropout=0.3)
+    model = build(items=True, knowledge_dropout=0.3, user_level=False)
+    seen = []
+    model.item_knowledge.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
         model.item_knowledge.trunk.missing_Z.fill_(1e3)  # whoever is hidden stands out
-        shown_BP = model.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
-        model.eval()
-        evaluated_BP = model.item_knowledge(batch.item_knowledge_UK, batch.item_knowledge_index_B)
-    known_B = batch.item_knowledge_index_B > 0
+        model(batch)
+        model.eval()(batch)
+    shown_BP, evaluated_BP = seen
+    known_B = Order(batch.scenario_B).sort(batch.item_knowledge_index_B) > 0
     assert shown_BP[~known_B].eq(1e3).all()
     assert shown_BP[known_B].eq(1e3).all(1).float().mean() == pytest.approx(0.3, abs=0.03)
     assert not evaluated_BP[known_B].eq(1e3).any()

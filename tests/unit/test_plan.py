@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -28,9 +26,7 @@ def stored(*names: str) -> StoreIndex:
 def prompt_set(sizes: list[int], names: list[str]) -> PromptSet:
     levels = ("scenario", *["user"] * (len(sizes) - 1))
     files = tuple(f"f{i}" for i in range(len(sizes)))
-    return PromptSet(
-        files, levels, (None,) * len(sizes), np.cumsum(sizes), keys(*names), np.arange(len(names), dtype=np.int32)
-    )
+    return PromptSet(files, levels, np.cumsum(sizes), keys(*names), np.arange(len(names), dtype=np.int32))
 
 
 PROMPT_SET = prompt_set([2, 0, 3, 4], ["k0", "k1", "k2", "k3", "k2", "k4", "k5", "k1", "k6"])
@@ -46,9 +42,6 @@ def test_each_missing_key_is_taken_once_and_found_in_its_file():
     assert cut_units(PROMPT_SET, missing[:0], 3).num_rows == 0
     assert missing_prompts(PROMPT_SET, stored()).tolist() == [0, 1, 2, 3, 5, 6, 8]
     assert PROMPT_SET.of_level("scenario").tolist() == [True] * 2 + [False] * 7
-    with_folds = replace(PROMPT_SET, folds=(None, None, None, 1))
-    assert with_folds.of_level("user").tolist() == [False] * 2 + [True] * 3 + [False] * 4
-    assert with_folds.of_level("user", 1).tolist() == [False] * 5 + [True] * 4
 
 
 def test_a_rerun_does_the_units_that_were_planned(tmp_path):
@@ -101,7 +94,7 @@ def test_a_prompt_set_is_read_file_after_file(tmp_path):
             names = keys(*(f"{level}{row}" for row in rows))
             table = pa.table({"key": keys_to_arrow(names), "subject_row": pa.array(rows, pa.int32())})
         storage.write_parquet(uri, table)
-        files.append((uri, level, None))
+        files.append((uri, level))
     found = read_prompt_set(files)
     assert found.keys_P.tolist() == [b"scenario0", b"scenario1", b"user7"]
     assert found.subject_row_P.tolist() == [0, 1, 7] and found.ends_F.tolist() == [2, 2, 3]

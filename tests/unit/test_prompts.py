@@ -229,9 +229,9 @@ def test_drawn_rows_are_not_counted(tmp_path, positives_only, num_rows, num_item
     source, target = str(tmp_path / "rows.parquet"), str(tmp_path / "prompts.parquet")
     storage.write_parquet(source, table)
     subjects = Subjects(KEYS, USERS, ITEMS, None, SCENARIOS, "id", 12, positives_only, with_users=True)
-    done = write_user_prompts(subjects, source, [target], None)
+    done = write_user_prompts(subjects, source, target, None)
     stats = done.stats
-    assert (done.num_prompts, done.num_kept) == ((2,), 0)
+    assert (done.num_prompts, done.num_kept) == (2, 0)
     assert storage.read_parquet(target)["subject_row"].to_pylist() == [1, 2]
     assert stats.num_rows_S.tolist() == num_rows
     assert stats.num_positive_S.tolist() == [2, 1]
