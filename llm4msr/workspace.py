@@ -7,6 +7,7 @@
 * knowledge/<digest>/               prompts and knowledge table of one prepared data set
 * runs/<name>-<digest>/             one training run with its checkpoint
 * runs/tune-<digest>/               one search of jobs.tune: its trials, and best.toml
+* compare-<digest>/                 one comparison of jobs.compare: rows, tables, plots and report.html
 * report.json                       the last pipeline's report
 """
 
