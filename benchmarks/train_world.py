@@ -250,6 +250,7 @@ def _draw_rows(
         "label": (rng.random(num_rows) < planted.probability(user_R, item_R, scenario_R)).astype(np.int64),
         "timestamp_ms": 1_684_000_000_000 + position_R * 60_000,
         "position": position_R,
+        "moment": position_R,
         "search_source": np.where(scenario_R == 1, source_R, 0),
     }
 

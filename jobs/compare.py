@@ -2,6 +2,8 @@
 
 Prepares the data and extracts the knowledge if they are not there yet. Given again after a crash, or after runs failed,
 it does what is missing; given again after its end, it writes the report anew.
+
+Exit status: 1 where runs failed, after the report of the others was written; else as every job's (`jobs.session`).
 """
 
 from __future__ import annotations
@@ -76,9 +78,11 @@ def print_grids(grids: Iterable[Any]) -> None:
 
 
 def main() -> int:
-    """Runs the job."""
+    """Runs the job; returns its exit status."""
     command = shlex.join(["python", "-m", "jobs.compare", *sys.argv[1:]])
-    return run_job(lambda config: compare(config, command), "python -m jobs.compare")
+    failures: list[dict[str, Any]] = []
+    status = run_job(lambda config: failures.extend(compare(config, command)["failures"]), "python -m jobs.compare")
+    return status or (1 if failures else 0)
 
 
 if __name__ == "__main__":

@@ -166,10 +166,10 @@ class Collator:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of prepared rows that are read; time and position only where knowledge has folds."""
+        """The columns of prepared rows that are read: of time and order the moment alone, where knowledge has folds."""
         context = (*self.context_ids, *self.context_numeric, *self.context_sequences)
         if self.knowledge is not None and self.knowledge.folds is not None:
-            context += ("timestamp_ms", "position")
+            context += ("moment",)
         return ["row_id", "user_row", "item_row", "scenario", "label", *self.history_columns.values(), *context]
 
     def __call__(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None, training: bool = False) -> Batch:
@@ -197,7 +197,7 @@ class Collator:
             table = self.knowledge
             if training and table.folds is not None:
                 vectors_NK = table.folds.vectors_NK
-                index_B = table.folds.rows(user_row_B, rows["timestamp_ms"], rows["position"])
+                index_B = table.folds.rows(user_row_B, rows["moment"])
             else:
                 vectors_NK, index_B = table.users_NK, table.user_index_N[user_row_B]
             user_UK, user_B = _gather_distinct(vectors_NK, index_B)

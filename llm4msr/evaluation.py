@@ -18,6 +18,8 @@ from llm4msr.schema import ALL_SCENARIOS
 from llm4msr.training.metrics import scenario_rows
 from llm4msr.training.reader import list_row_groups, read_row_group
 
+# Of the figures below: raised when the same scores would give other ones, so that kept ones are computed again.
+EVALUATION_VERSION = 1
 EVALUATED_SPLITS = ("valid", "test")
 SCORE_BATCH_SIZE = 8192
 # Weight of the scenario's mean in an item's mean, in rows.
@@ -60,9 +62,9 @@ def evaluate_in_detail(
         cold_max_rows: A user or item with at most so many training rows is cold.
 
     Returns:
-        Report rows, and a tree of JSON values: cold_max_rows; counted: "rows" or "positives"; slices: rows of `split`,
-        `kind` (user activity, user, item), `slice` (1-3; cold; warm) and what `scenario_rows` returns; reliability:
-        rows of `split`, `scenario` and what `reliability` returns.
+        Report rows, and a tree of JSON values: version: EVALUATION_VERSION; cold_max_rows; counted: "rows" or
+        "positives"; slices: rows of `split`, `kind` (user activity, user, item), `slice` (1-3; cold; warm) and what
+        `scenario_rows` returns; reliability: rows of `split`, `scenario` and what `reliability` returns.
 
     Raises:
         StorageError: As for `evaluate_checkpoint`.
@@ -88,7 +90,13 @@ def evaluate_in_detail(
             mask_R = slice(None) if index is None else rows["scenario"] == index
             bins = reliability(rows["label"][mask_R], score_R[mask_R])
             curves += [{"split": split, "scenario": scenario, **row} for row in bins]
-    return results, {"cold_max_rows": cold_max_rows, "counted": counted, "slices": slices, "reliability": curves}
+    return results, {
+        "version": EVALUATION_VERSION,
+        "cold_max_rows": cold_max_rows,
+        "counted": counted,
+        "slices": slices,
+        "reliability": curves,
+    }
 
 
 def activity_slices(num_rows_R: np.ndarray) -> list[tuple[str, np.ndarray]]:

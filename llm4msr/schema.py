@@ -196,9 +196,10 @@ def rows_schema(schema: FeatureSchema) -> pa.Schema:
 
     Columns: row_id (unique over all splits); user_row, item_row (rows of the feature tables); scenario (index);
     label (0 or 1); timestamp_ms (null where only an order exists); position (order within the user's rows of all
-    splits, 0 first; drawn negatives carry their positive's); then `FeatureSchema.history_columns` (likes of the user in
-    that log strictly before the row's moment); then one column per context feature, encoded: int32 index, float32, or
-    fixed-size list of int32 padded with 0.
+    splits, 0 first); moment (number of the row's time, or of its given position where it has none, among the user's,
+    0 first, so that rows of one impression share it); then `FeatureSchema.history_columns` (likes of the user in that
+    log strictly before the row's moment); then one column per context feature, encoded: int32 index, float32, or
+    fixed-size list of int32 padded with 0. Drawn negatives carry position, moment and likes of their positive.
     """
     return pa.schema(
         [
@@ -209,6 +210,7 @@ def rows_schema(schema: FeatureSchema) -> pa.Schema:
             ("label", pa.int8()),
             ("timestamp_ms", pa.int64()),
             ("position", pa.int64()),
+            ("moment", pa.int32()),
         ]
         + [(column, pa.int32()) for column in schema.history_columns.values()]
         + [(f.name, _encoded_type(f)) for f in schema.features if f.source == "context"]

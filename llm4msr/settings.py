@@ -95,6 +95,19 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(error, dict(_fields(Config)))) from error
 
 
+def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a configuration's tree with other values at dotted keys; `config_from_dict` checks them."""
+    changed = dict(tree)
+    for key, value in values.items():
+        section, _, rest = key.partition(".")
+        if rest:
+            inside = changed.get(section)
+            changed[section] = with_values(inside if isinstance(inside, Mapping) else {}, {rest: value})
+        else:
+            changed[section] = value
+    return changed
+
+
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         yield prefix + name, field

@@ -116,6 +116,7 @@ def tiny_prepared(
                 "label": label.astype(np.int8),
                 "timestamp_ms": rng.integers(0, 10**12, count),
                 "position": np.arange(count),
+                "moment": np.arange(count),
                 "search_source": np.where(scenario == 1, rng.integers(2, 4, count), 0),
                 "price": rng.normal(size=count).astype(np.float32),
             }

@@ -13,8 +13,9 @@ from typing import Any
 
 from llm4msr import storage
 from llm4msr.config import Config, ConfigError, digest
+from llm4msr.evaluation import EVALUATION_VERSION
 from llm4msr.schema import ALL_SCENARIOS
-from llm4msr.settings import config_from_dict
+from llm4msr.settings import config_from_dict, with_values
 from llm4msr.training.run import plan_runs
 from llm4msr.training.task import TrainTask
 
@@ -71,6 +72,12 @@ class Choice:
     valid_auc: dict[float, float | None]
     tied: tuple[float, ...]
 
+    @property
+    def at_edge(self) -> bool:
+        """Whether it is the lowest or the highest of several: a better one may lie beyond what was tried."""
+        rates = self.valid_auc
+        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -102,9 +109,10 @@ def model_configs(config: Config) -> list[tuple[str, str, str, dict[str, Any], C
             changes = {**own, **changed}
             asked = {"model.backbone": backbone, "train.num_workers": 0, "experiment.knowledge": [knowledge]}
             try:
-                models.append((backbone, name, knowledge, changes, config_from_dict(_with(tree, changes | asked))))
+                changed_config = config_from_dict(with_values(tree, changes | asked))
             except ConfigError as error:
                 raise ConfigError(f"{backbone} with variant {name!r} of jobs.compare: {error}") from error
+            models.append((backbone, name, knowledge, changes, changed_config))
     return models
 
 
@@ -136,6 +144,7 @@ def plan_comparison(config: Config) -> Comparison:
         models.append(Model(backbone, variant, knowledge, changes, tuning, runs))
     depends_on = {
         "version": COMPARE_VERSION,
+        "evaluation": EVALUATION_VERSION,
         "models": [[m.backbone, m.variant, [task.name for task in m.tuning.values()]] for m in models],
         "seeds": config.experiment.seeds,
         "reference": section.reference,
@@ -165,21 +174,6 @@ def _check_changes(changes: Mapping[str, Any], key: str) -> None:
                 f"{key}: {name!r} cannot be changed by it: give dotted keys of model, train or knowledge other than "
                 f"{', '.join(TAKEN)}"
             )
-
-
-def _with(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a configuration's tree with other values at dotted keys."""
-    changed = dict(tree)
-    for key, value in changes.items():
-        section, _, rest = key.partition(".")
-        inside = changed.get(section)
-        if rest:
-            if not isinstance(inside, Mapping):
-                inside = {}  # no such section: refused when the tree is read
-            changed[section] = _with(inside, {rest: value})
-        else:
-            changed[section] = value
-    return changed
 
 
 def _at_rate(config: Config, rate: float, seeds: tuple[int, ...]) -> Config:

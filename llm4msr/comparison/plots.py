@@ -49,15 +49,15 @@ def draw_plots(
     styles = _styles(dict.fromkeys(variant for _, variant in models))
     backbones = list(dict.fromkeys(backbone for backbone, _ in models))
     counted = records[0]["detail"]["counted"]
+    of_user = f"training {counted} of the user"
     with matplotlib.rc_context({"text.parse_math": False}):  # names are shown as they are
         return {
             "auc_by_scenario.png": _auc_by_scenario(scenarios, backbones, styles),
             "calibration.png": _calibration(records, backbones, styles),
             "training_curves.png": _curves(records, backbones, styles),
-            "gain_by_user_activity.png": _gains(
-                activity, backbones, styles, reference, f"training {counted} of the user"
-            ),
-            "gain_cold.png": _gains(cold, backbones, styles, reference, f"by training {counted}"),
+            "auc_by_user_activity.png": _by_slice(activity, backbones, styles, None, of_user),
+            "gain_by_user_activity.png": _by_slice(activity, backbones, styles, reference, of_user),
+            "gain_cold.png": _by_slice(cold, backbones, styles, reference, f"by training {counted}"),
         }
 
 
@@ -104,7 +104,9 @@ def _calibration(records: Sequence[Record], backbones: list[str], styles: Mappin
         for variant, style in styles.items():
             bins: dict[int, list[tuple[float, float]]] = {}
             for record in _of(records, backbone, variant):
-                curve = [r for r in record["detail"]["reliability"] if (r["split"], r["scenario"]) == (SPLIT, "all")]
+                curve = [
+                    r for r in record["detail"]["reliability"] if (r["split"], r["scenario"]) == (SPLIT, ALL_SCENARIOS)
+                ]
                 for number, row in enumerate(curve):
                     bins.setdefault(number, []).append((row["mean_score"], row["mean_label"]))
             points = [tuple(map(statistics.fmean, zip(*values, strict=True))) for values in bins.values()]
@@ -142,14 +144,14 @@ def _curves(records: Sequence[Record], backbones: list[str], styles: Mapping[str
     return _finish(figure, axes, "Training curves: a line per seed, the kept epoch marked")
 
 
-def _gains(
+def _by_slice(
     rows: Summaries,
     backbones: list[str],
     styles: Mapping[str, Mapping[str, str]],
-    reference: str,
+    reference: str | None,
     label: str,
 ) -> bytes:
-    """A panel per backbone: AUC minus the reference's in each slice, bars of one deviation of the differences."""
+    """A panel per backbone: AUC in each slice, or AUC minus the reference's; bars of one deviation over seeds."""
     slices = list(dict.fromkeys((r["kind"], r["slice"]) for r in rows if r["num_rows"]))
     sizes = {(r["kind"], r["slice"]): r["num_rows"] for r in rows}
     names = [f"{SLICE_NAMES.get(key, key[1])}\n({_short(sizes[key])} rows)" for key in slices]
@@ -158,25 +160,30 @@ def _gains(
     for axis, backbone in zip(axes, backbones, strict=False):
         for place, (variant, style) in enumerate(shown.items()):
             shift = 0.6 * ((place + 0.5) / len(shown) - 0.5)
-            found = [r for r in rows if (r["backbone"], r["variant"]) == (backbone, variant) and r["gain"]]
+            found = [r for r in rows if (r["backbone"], r["variant"]) == (backbone, variant)]
+            if reference is None:
+                values = [(r, r["auc"], r["auc_std"]) for r in found if r["auc"] is not None]
+            else:
+                values = [(r, r["gain"]["mean"], r["gain"]["std"]) for r in found if r["gain"]]
             axis.errorbar(
-                [slices.index((row["kind"], row["slice"])) + shift for row in found],
-                [row["gain"]["mean"] for row in found],
-                yerr=[row["gain"]["std"] or 0.0 for row in found],
+                [slices.index((row["kind"], row["slice"])) + shift for row, _, _ in values],
+                [mean for _, mean, _ in values],
+                yerr=[std or 0.0 for _, _, std in values],
                 label=variant,
                 linestyle="none",
                 markersize=5,
                 capsize=2.5,
                 **style,
             )
-        axis.axhline(0, color="#888888", linewidth=1, zorder=0)
+        if reference is not None:
+            axis.axhline(0, color="#888888", linewidth=1, zorder=0)
         axis.set_title(backbone)
         axis.set_xticks(range(len(slices)), names, fontsize=7.5)
         axis.set_xlim(-0.5, len(slices) - 0.5)
         axis.set_xlabel(label)
-        axis.set_ylabel(f"AUC gain over {reference}")
-    title = f"AUC gain over “{reference}” on test, all scenarios: mean and standard deviation over seeds"
-    return _finish(figure, axes, title)
+        axis.set_ylabel("AUC on test" if reference is None else f"AUC gain over {reference}")
+    what = "AUC" if reference is None else f"AUC gain over “{reference}”"
+    return _finish(figure, axes, f"{what} on test, all scenarios: mean and standard deviation over seeds")
 
 
 def _of(records: Sequence[Record], backbone: str, variant: str) -> list[Record]:

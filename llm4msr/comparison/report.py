@@ -1,6 +1,7 @@
 """Writes what a comparison found: results.csv, summary.json, table.md, plots/*.png, report.html; manifest.json last.
 
 The manifest is written only when no run failed: a comparison without one is not complete, though its report is there.
+One of an earlier report is removed first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from llm4msr.comparison.html import write_html
 from llm4msr.comparison.plan import COMPARE_VERSION, Choice, Comparison, Failure
 from llm4msr.comparison.plots import draw_plots
 from llm4msr.comparison.results import (
+    SPLIT,
     Record,
+    control_pairs,
+    control_summaries,
     model_names,
     read_records,
     runs_of,
@@ -28,11 +32,13 @@ from llm4msr.comparison.results import (
 )
 from llm4msr.config import digest
 from llm4msr.data.prepared import PreparedData
+from llm4msr.schema import ALL_SCENARIOS
 
 REPORTED_PACKAGES = ("ray", "torch", "numpy", "scipy", "matplotlib", "pyarrow")
 ITEM_MEAN = ("item_mean", "baseline")
 PLOTS = {
     "auc_by_scenario.png": "AUC by scenario",
+    "auc_by_user_activity.png": "AUC by user activity",
     "gain_by_user_activity.png": "Gain by user activity",
     "gain_cold.png": "Gain for cold and warm users and items",
     "calibration.png": "Calibration",
@@ -69,17 +75,22 @@ def write_report(
     section, names = config.compare, model_names(comparison)
     records = read_records(comparison, choices, failures)
     scenarios = scenario_summaries(records, names, section.reference)
+    controls = control_summaries(records, control_pairs(comparison))
     activity = slice_summaries(records, names, section.reference, ["user activity"])
     cold = slice_summaries(records, names, section.reference, ["user", "item"])
     counted = records[0]["detail"]["counted"]
     data = PreparedData.open(comparison.prepared_uri).manifest["data"]
+    models = _models(comparison, choices, records, failures)
     summary = {
         "command": command,
-        "models": _models(comparison, choices, records, failures),
+        "models": models,
         "scenarios": _with_item_mean(scenarios, item_mean),
+        "controls": controls,
         "slices": activity + cold,
         "failures": [{"run": name, "message": f.message, "details": f.details} for name, f in failures.items()],
-        "num_tests": sum(row["gain"] is not None and row["gain"]["p"] is not None for row in scenarios),
+        "num_tests": sum(row["gain"] is not None and row["gain"]["p"] is not None for row in scenarios + controls),
+        "num_learning_rates_at_edge": sum(model["at_edge"] for model in models),
+        "trained_otherwise": _trained_otherwise(records, section.cpus_per_run),
         "seeds": list(config.experiment.seeds),
         "tuning_seed": section.tuning_seed,
         "reference": section.reference,
@@ -95,17 +106,24 @@ def write_report(
         },
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    sentences = tables.how_to_read(section.reference, config.experiment.seeds, section.cold_max_rows, counted)
+    sentences = tables.how_to_read(
+        section.reference, config.experiment.seeds, section.cold_max_rows, counted, bool(controls)
+    )
     if summary["num_tests"]:
-        sentences.append(f"The tables by scenario hold {summary['num_tests']} tests.")
+        sentences.append(f"The tables by scenario and of the controls hold {summary['num_tests']} tests.")
+    sentences += tables.cautions(summary)
     rates = {name: choice.learning_rate for name, choice in zip(names, choices, strict=True)}
-    shown = [*tables.scenario_grids(summary["scenarios"], rates), *tables.slice_grids(cold)]
-    last = [tables.tuning_grid(summary["models"]), tables.data_grid(data)]
+    shown = tables.scenario_grids(summary["scenarios"], rates)
+    if controls:
+        shown.append(tables.control_grid(controls))
+    shown += tables.slice_grids(cold)
+    last = [tables.tuning_grid(models), tables.data_grid(data)]
     if failures:
         last.insert(0, tables.failure_grid(summary["failures"]))
         sentences.insert(0, f"Failed runs: {len(failures)}, listed below. They are missing from all figures.")
     heading = f"Comparison of {len(names)} models on {', '.join(_scenario_names(scenarios))}"
     plots = draw_plots(records, scenarios, activity, cold, names, section.reference)
+    storage.remove(storage.join(uri, storage.MANIFEST))
     write_csv(storage.join(uri, "results.csv"), records)
     storage.write_json(storage.join(uri, "summary.json"), summary)
     for name, image in plots.items():
@@ -147,6 +165,7 @@ def _models(
                 "changes": model.changes,
                 "learning_rate": choice.learning_rate,
                 "tuning": [{"learning_rate": r, "valid_auc": auc} for r, auc in choice.valid_auc.items()],
+                "at_edge": choice.at_edge,
                 "tied": list(choice.tied) if len(choice.tied) > 1 else [],
                 "num_parameters": next((run["num_parameters"] for run in runs if run["num_parameters"]), None),
                 "runs": runs,
@@ -155,9 +174,16 @@ def _models(
     return models
 
 
+def _trained_otherwise(records: Sequence[Record], num_threads: int) -> list[dict[str, Any]]:
+    """Lists the runs that were found again and not trained, so far as is known, as this comparison would."""
+    how = {r["run"]: {name: r[name] for name in ("world_size", "num_threads")} for r in records}
+    wanted = {"world_size": 1, "num_threads": num_threads}
+    return [{"run": run, **found} for run, found in how.items() if found != wanted]
+
+
 def _with_item_mean(rows: Sequence[dict[str, Any]], item_mean: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows with the baseline's in front of each scenario's."""
-    baseline = {row["scenario"]: row for row in item_mean if row["split"] == "test"}
+    baseline = {row["scenario"]: row for row in item_mean if row["split"] == SPLIT}
     out = []
     for row in rows:
         if not out or out[-1]["scenario"] != row["scenario"]:
@@ -191,7 +217,7 @@ def _facts(comparison: Comparison, summary: Mapping[str, Any]) -> dict[str, str]
 
 
 def _scenario_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in dict.fromkeys(row["scenario"] for row in rows) if name != "all"]
+    return [name for name in dict.fromkeys(row["scenario"] for row in rows) if name != ALL_SCENARIOS]
 
 
 def _write(uri: str, data: bytes) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from llm4msr import storage
 from llm4msr.comparison.plan import DETAIL_FILE, EVALUATION_FILE, Choice, Comparison, Model
-from llm4msr.comparison.statistics import METRICS, summarise
+from llm4msr.comparison.statistics import METRICS, compare_pairs, summarise
+from llm4msr.config import CONTROLS
 from llm4msr.schema import ALL_SCENARIOS
 from llm4msr.training.task import TrainTask
 
@@ -18,6 +19,7 @@ Record = dict[str, Any]
 
 ABOUT = ("run", "backbone", "variant", "knowledge", "seed", "learning_rate", "chosen")
 COLUMNS = (*ABOUT, "split", "scenario", "kind", "slice", "metric", "value")
+TRAINED = ("history", "best_epoch", "num_parameters", "seconds", "world_size")
 EVERYTHING = {"kind": "everything", "slice": "everything"}
 
 
@@ -31,7 +33,8 @@ def read_records(comparison: Comparison, choices: Sequence[Choice], failed: Iter
 
     Returns:
         One record per model and run: `ABOUT`; evaluation and detail, as `evaluate_in_detail` returns them; history,
-        best_epoch, num_parameters and seconds of the training.
+        best_epoch, num_parameters, seconds, world_size and num_threads of the training, the last None where the code
+        that trained it did not write it down.
     """
     failed, records = set(failed), []
     for model, choice in zip(comparison.models, choices, strict=True):
@@ -50,7 +53,8 @@ def read_records(comparison: Comparison, choices: Sequence[Choice], failed: Iter
                     "chosen": chosen,
                     "evaluation": storage.read_json(storage.join(task.run_uri, EVALUATION_FILE)),
                     "detail": storage.read_json(storage.join(task.run_uri, DETAIL_FILE)),
-                    **{name: metadata[name] for name in ("history", "best_epoch", "num_parameters", "seconds")},
+                    **{name: metadata[name] for name in TRAINED},
+                    "num_threads": metadata.get("num_threads"),
                 }
             )
     return records
@@ -107,12 +111,36 @@ def scenario_summaries(
     records: Sequence[Record], models: Sequence[tuple[str, str]], reference: str, split: str = SPLIT
 ) -> list[dict[str, Any]]:
     """Returns the rows of `summarise` for each scenario, "all" last, with their `scenario`."""
-    names = list(dict.fromkeys(row["scenario"] for r in records for row in r["evaluation"]))
-    out = []
-    for scenario in sorted(names, key=lambda name: name == ALL_SCENARIOS):
-        rows = [_joined(r, x) for r, x in _chosen(records, "evaluation") if _is(x, split=split, scenario=scenario)]
-        out += [{"scenario": scenario, **row} for row in summarise(rows, models, reference)]
-    return out
+    return [
+        {"scenario": scenario, **row}
+        for scenario, rows in _by_scenario(records, split)
+        for row in summarise(rows, models, reference)
+    ]
+
+
+def control_pairs(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Lists backbone, variant and control of every model with knowledge "llm" that has controls.
+
+    A control differs in the kind of knowledge alone: shuffled or random, with the same backbone and changes.
+    """
+    return [
+        (model.backbone, model.variant, other.variant)
+        for model in comparison.models
+        for other in comparison.models
+        if model.knowledge == "llm" and other.knowledge in CONTROLS
+        if (other.backbone, other.changes) == (model.backbone, model.changes)
+    ]
+
+
+def control_summaries(
+    records: Sequence[Record], pairs: Sequence[tuple[str, str, str]], split: str = SPLIT
+) -> list[dict[str, Any]]:
+    """Returns the rows of `compare_pairs` for each scenario, "all" last, with their `scenario`."""
+    return [
+        {"scenario": scenario, **row}
+        for scenario, rows in _by_scenario(records, split)
+        for row in compare_pairs(rows, pairs)
+    ]
 
 
 def slice_summaries(
@@ -131,6 +159,13 @@ def slice_summaries(
             rows = [_joined(r, x) for r, x in found if _is(x, kind=kind, slice=name)]
             out += [{"kind": kind, "slice": name, **row} for row in summarise(rows, models, reference)]
     return out
+
+
+def _by_scenario(records: Sequence[Record], split: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    names = list(dict.fromkeys(row["scenario"] for r in records for row in r["evaluation"]))
+    for scenario in sorted(names, key=lambda name: name == ALL_SCENARIOS):
+        found = _chosen(records, "evaluation")
+        yield scenario, [_joined(r, x) for r, x in found if _is(x, split=split, scenario=scenario)]
 
 
 def _chosen(records: Iterable[Record], part: str) -> Iterator[tuple[Record, dict[str, Any]]]:

@@ -7,19 +7,17 @@ on from its last checkpoint. What a run's evaluation found lies beside its check
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm4msr import storage
 from llm4msr.comparison.plan import (
@@ -33,9 +31,10 @@ from llm4msr.comparison.plan import (
     mean_valid_auc,
 )
 from llm4msr.config import Config, ConfigError
-from llm4msr.evaluation import evaluate_in_detail, evaluate_item_mean
+from llm4msr.evaluation import EVALUATION_VERSION, evaluate_in_detail, evaluate_item_mean
 from llm4msr.training.loop import train_worker
 from llm4msr.training.signals import sigterm_event
+from llm4msr.training.stop import asking, start_flag
 from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
 
 logger = logging.getLogger("llm4msr.compare")
@@ -95,14 +94,16 @@ def run_resources(config: Config) -> dict[str, float]:
 
 
 def is_done(task: TrainTask, cold_max_rows: int) -> bool:
-    """Tells whether a run is trained and evaluated, cold users and items told apart by this number of rows."""
+    """Tells whether a run is trained and evaluated, by this code and with this threshold of cold users and items."""
     place = storage.join(task.run_uri, DETAIL_FILE)
-    return (
+    if not (
         storage.is_finished(task.checkpoint_uri)
         and storage.exists(storage.join(task.run_uri, EVALUATION_FILE))
         and storage.exists(place)
-        and storage.read_json(place)["cold_max_rows"] == cold_max_rows
-    )
+    ):
+        return False
+    detail = storage.read_json(place)
+    return (detail.get("version"), detail["cold_max_rows"]) == (EVALUATION_VERSION, cold_max_rows)
 
 
 def train_and_evaluate(
@@ -140,8 +141,7 @@ class _Running:
         self.num_runs = sum(len(model.tuning) + seeds for model in comparison.models)
 
     def until_done(self, stop: threading.Event) -> Outcome:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.flag = _StopFlag.options(scheduling_strategy=here).remote()
+        self.flag = start_flag()
         for model in self.comparison.models:
             self._want(model.tuning.values())
         self._choose()
@@ -231,7 +231,7 @@ def _run(task: TrainTask, num_threads: int, on_gpu: bool, cold_max_rows: int, fl
     """One run; returns why it failed, if it did."""
     torch.set_num_threads(num_threads)
     try:
-        with _asking(flag) as should_stop:
+        with asking(flag) as should_stop:
             if should_stop():
                 raise TrainingInterrupted(f"{task.name}: not started")
             train_and_evaluate(task, torch.device("cuda" if on_gpu else "cpu"), cold_max_rows, should_stop)
@@ -240,45 +240,3 @@ def _run(task: TrainTask, num_threads: int, on_gpu: bool, cold_max_rows: int, fl
     except Exception as error:
         return Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
     return None
-
-
-@ray.remote(num_cpus=0)
-class _StopFlag:
-    """Tells the runs that the driver was asked to stop."""
-
-    def __init__(self) -> None:
-        self.value = False
-
-    def set(self) -> None:
-        self.value = True
-
-    def get(self) -> bool:
-        return self.value
-
-
-@contextlib.contextmanager
-def _asking(flag: Any) -> Iterator[Callable[[], bool]]:
-    """Yields a question about the flag that costs nothing: a thread asks, the first time before this goes on.
-
-    A task that waits for Ray in its main thread gives its processor away meanwhile.
-    """
-    stop, asked, done = threading.Event(), threading.Event(), threading.Event()
-
-    def ask() -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this process soon will be
-            while not stop.is_set():
-                if ray.get(flag.get.remote()):
-                    stop.set()
-                asked.set()
-                if done.wait(POLL_S):
-                    break
-        asked.set()
-
-    thread = threading.Thread(target=ask, name="stop-ask", daemon=True)
-    thread.start()
-    asked.wait()
-    try:
-        yield stop.is_set
-    finally:
-        done.set()
-        thread.join()

@@ -1,7 +1,8 @@
 """Means over seeds and gains over a reference: plain numbers from plain records, nothing trained or read here.
 
-A gain is paired: the run of a seed is compared with the reference's run of the same seed, which starts from the same
-weights wherever both have them and sees the same rows in the same order.
+A gain is paired: the run of a seed is compared with the other model's run of the same seed. Such runs share the split,
+the order of rows and the seed of initialisation. They start from the same weights only where all their layers are
+alike: item knowledge widens the input, and other widths draw other weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ RANDOM_AUC = 0.5
 
 @dataclass(frozen=True)
 class Gain:
-    """AUC against the reference, over the seeds that both have.
+    """AUC against another model's, the reference, over the seeds that both have.
 
     Attributes:
         num_seeds: How many those are.
@@ -76,10 +77,7 @@ def summarise(
         One row per model: backbone, variant, num_seeds, num_rows, each metric and <metric>_std, and gain: the fields of
         `Gain`, or None for the reference itself and where there is nothing to compare.
     """
-    by_model: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_model.setdefault((row["backbone"], row["variant"]), []).append(row)
-    out = []
+    by_model, out = _by_model(rows), []
     for backbone, variant in models:
         found = by_model.get((backbone, variant))
         if not found:
@@ -98,6 +96,31 @@ def summarise(
             gain = paired_gain(_by_seed(found), _by_seed(by_model.get((backbone, reference), [])))
         out.append(summary | {"gain": gain and vars(gain)})
     return out
+
+
+def compare_pairs(rows: Iterable[Mapping[str, Any]], pairs: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Compares the AUC of models with that of their controls.
+
+    Args:
+        rows: As for `summarise`.
+        pairs: Backbone, variant and the variant that is its control.
+
+    Returns:
+        One row per pair: backbone, variant, control, and gain: the fields of `Gain`, or None without a common seed.
+    """
+    by_model, out = _by_model(rows), []
+    for backbone, variant, control in pairs:
+        ours, theirs = (_by_seed(by_model.get((backbone, name), [])) for name in (variant, control))
+        gain = paired_gain(ours, theirs)
+        out.append({"backbone": backbone, "variant": variant, "control": control, "gain": gain and vars(gain)})
+    return out
+
+
+def _by_model(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    by_model: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_model.setdefault((row["backbone"], row["variant"]), []).append(row)
+    return by_model
 
 
 def _by_seed(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:

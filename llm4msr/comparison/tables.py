@@ -15,6 +15,15 @@ SLICE_NAMES = {
     ("item", "cold"): "cold items",
     ("item", "warm"): "warm items",
 }
+WITH_CONTROLS = (
+    "llm against its controls: gains of each model with knowledge “llm” over the models that differ from it in the kind "
+    "of knowledge alone: “shuffled”, the vectors of others, and “random”, noise. What is gained over the reference and "
+    "not over these does not come from what the knowledge says."
+)
+WITHOUT_CONTROLS = (
+    "No model has a control, the same with knowledge “shuffled” or “random”: a gain may come from the added parameters "
+    "alone."
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Grid:
     num_text: int = 2
 
 
-def how_to_read(reference: str, seeds: Sequence[int], cold_max_rows: int, counted: str) -> list[str]:
+def how_to_read(
+    reference: str, seeds: Sequence[int], cold_max_rows: int, counted: str, has_controls: bool
+) -> list[str]:
     """Returns the sentences that explain the figures."""
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     sentences = [
@@ -38,11 +49,35 @@ def how_to_read(reference: str, seeds: Sequence[int], cold_max_rows: int, counte
         f"RelaImpr = (AUC − 0.5) / (AUC of “{reference}” − 0.5) − 1.",
         "p: two-sided paired t-test over n seeds, not corrected for the number of tests. It speaks of other seeds on "
         "this data and split, not of other data.",
+        WITH_CONTROLS if has_controls else WITHOUT_CONTROLS,
         f"Cold users and items have at most {cold_max_rows} training {counted}"
         + ("; drawn negatives do not count." if counted == "positives" else "."),
     ]
     if len(seeds) < 2:
         sentences.insert(1, "With one seed there is no deviation and no test: give experiment.seeds at least two.")
+    return sentences
+
+
+def cautions(summary: Mapping[str, Any]) -> list[str]:
+    """Returns the sentences about what weakens the figures, from `summary.json`'s tree."""
+    sentences, models = [], summary["models"]
+    if at_edge := summary["num_learning_rates_at_edge"]:
+        sentences.append(
+            f"The chosen learning rate of {at_edge} of {len(models)} models is at the edge of those tried, marked in the "
+            "table of learning rates: a better one may lie beyond."
+        )
+    ways: dict[str, int] = {}
+    for run in summary["trained_otherwise"]:
+        threads = "threads not known" if run["num_threads"] is None else f"threads: {run['num_threads']}"
+        way = f"workers: {run['world_size']}, {threads}"
+        ways[way] = ways.get(way, 0) + 1
+    if ways:
+        found = "; ".join(f"{count} with {way}" for way, count in ways.items())
+        sentences.append(
+            "Runs that were found again and not trained as this comparison trains its own (workers: 1, threads: "
+            f"{summary['config']['compare']['cpus_per_run']}): {found}. Rounding differs, and can show in the AUC; "
+            "summary.json names them."
+        )
     return sentences
 
 
@@ -79,6 +114,21 @@ def scenario_grids(
     return grids
 
 
+def control_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """Returns the gains of models with knowledge over their controls, from `results.control_summaries`."""
+    cells = tuple(
+        (
+            "all" if row["scenario"] == ALL_SCENARIOS else row["scenario"],
+            *(row[name] for name in ("backbone", "variant", "control")),
+            *(gain_cells(row["gain"]) if row["gain"] else (NOTHING,) * 3),
+        )
+        for row in rows
+    )
+    headings = ("scenario", "backbone", "variant", "control", "gain", "RelaImpr", "p (n)")
+    remark = "AUC on test minus the control's with the same seed"
+    return Grid("llm against its controls", remark, headings, cells, num_text=4)
+
+
 def slice_grids(summaries: Sequence[Mapping[str, Any]]) -> list[Grid]:
     """Returns a table each for cold and warm users and items, from `results.slice_summaries`."""
     grids = []
@@ -104,10 +154,14 @@ def tuning_grid(models: Sequence[Mapping[str, Any]]) -> Grid:
         cells = []
         for tried in model["tuning"]:
             text = "failed" if tried["valid_auc"] is None else f"{tried['valid_auc']:.4f}"
-            cells.append(f"{text} *" if tried["learning_rate"] == model["learning_rate"] else text)
+            mark = " * edge" if model["at_edge"] else " *"
+            cells.append(text + mark if tried["learning_rate"] == model["learning_rate"] else text)
         count = NOTHING if model["num_parameters"] is None else f"{model['num_parameters']:,}"
         rows.append((model["backbone"], model["variant"], *cells, count))
-    remark = "Mean of the scenarios' AUC on valid, one seed; * marks the chosen rate, of equal ones the first."
+    remark = (
+        "Mean of the scenarios' AUC on valid, one seed; * marks the chosen rate, of equal ones the first; “edge”: no "
+        "lower one was tried, or no higher one."
+    )
     return Grid("Learning rates", remark, ("backbone", "variant", *rates, "parameters"), tuple(rows))
 
 

@@ -114,6 +114,12 @@ class Config(BaseSettings):
 
     def _check_sharded(self) -> None:
         """TorchRec's tables are updated inside the backward pass, by an optimizer of their own, on workers."""
+        if self.data.history:
+            raise ValueError(
+                f"data.history names {[f.name for f in self.data.history]} and model.embedding_sharding = 'sharded': "
+                "a sharded table gives sums, not the single items that a history is made of; use 'replicated', or no "
+                "history"
+            )
         train = self.train
         for key, found, fits, needed in (
             (

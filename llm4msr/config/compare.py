@@ -67,6 +67,11 @@ class CompareConfig(Section):
             raise ValueError(
                 f"knowledge, names of variants: {repeated[0]!r} is there twice, but each names one variant"
             )
+        for name in self.backbone_settings:
+            if name not in self.backbones:
+                raise ValueError(
+                    f"backbone_settings has {name!r}, which is not compared: backbones = {list(self.backbones)}"
+                )
         if self.reference not in self.names:
             raise ValueError(f"reference = {self.reference!r}: no such variant; valid: {', '.join(self.names)}")
         return self

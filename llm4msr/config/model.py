@@ -56,6 +56,9 @@ Backbone = Literal[
 ]
 
 
+GATES_HIDDEN_LAYERS = ("ppnet", "pepnet", "hamur")
+
+
 class ModelConfig(Section):
     """The ranker."""
 
@@ -86,6 +89,12 @@ class ModelConfig(Section):
     """How near the user's knowledge is to the item's, as one more input; for knowledge.user_vectors = items."""
     meta: MetaConfig = MetaConfig()
     """The meta networks; not used where experiment.knowledge is none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.backbone in GATES_HIDDEN_LAYERS and not self.hidden_dims:
+            raise ValueError(f"hidden_dims is empty: {self.backbone} changes hidden layers; give at least one width")
+        return self
 
 
 class TrainConfig(Section):

@@ -79,6 +79,7 @@ def fit_bucket(
     table, timestamp_ms_B, user_row_B = table.take(pa.array(order)), timestamp_ms_B[order], user_row_B[order]
     position_B = position_B[order]
     rank_B, num_rows_B = splits.rank_in_user(user_row_B)
+    moments = history.Moments(user_row_B, timestamp_ms_B, position_B)
     if plan.data.split.kind == "time":
         split_B = splits.split_by_time(timestamp_ms_B, thresholds)
     elif plan.data.split.kind == "per_user_last":
@@ -93,12 +94,13 @@ def fit_bucket(
             "label": table["label"],
             "timestamp_ms": table["timestamp_ms"],
             "position": pa.array(rank_B, pa.int64()),
+            "moment": pa.array(moments.number()),
             "split": pa.array(split_B, pa.int8()),
         }
         | {f.name: table[f.name] for f in plan.context}
     )
     if plan.data.history:
-        fitted = history.place_rows(fitted, history.Moments(user_row_B, timestamp_ms_B, position_B), plan.logs)
+        fitted = history.place_rows(fitted, moments, plan.logs)
         storage.write_parquet(plan.staged("likes", index), history.likes(fitted, timestamp_ms_B, position_B))
     fitted, num_drawn, num_missing = _with_negatives(fitted, pools, plan.data, index)
     storage.write_parquet(plan.staged("fitted", index), fitted, row_group_size=ROW_GROUP_ROWS)

@@ -66,6 +66,11 @@ class Moments:
         self._first_of_user_B = np.maximum.accumulate(np.where(new_user_B, row_B, 0))
         self._first_of_moment_B = np.maximum.accumulate(np.where(new_moment_B, row_B, 0))
 
+    def number(self) -> np.ndarray:
+        """Returns (B,) int32: the number of each row's moment among its user's, 0 first."""
+        count_B = np.cumsum(self._first_of_moment_B == np.arange(len(self._first_of_moment_B)))
+        return (count_B - count_B[self._first_of_user_B]).astype(np.int32)
+
     def count_before(self, event_B: np.ndarray) -> np.ndarray:
         """Returns (B,) int32: how many rows of the same user at earlier moments are events.
 

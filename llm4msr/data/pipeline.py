@@ -49,7 +49,7 @@ from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.splits import TEST, Thresholds
 from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
 
-PREPARE_VERSION = 4
+PREPARE_VERSION = 5
 
 _log = logging.getLogger("llm4msr.data")
 

@@ -5,7 +5,8 @@ there learns to look there, and at serving finds nothing. So the moments of a us
 user has one more vector per fold, made without the fold's likes, and a training row sees that of its own fold. It is
 the out-of-fold rule of stacked generalisation (Wolpert 1992). Validation, test and serving see the whole vector.
 
-All rows of one moment (an impression; a positive and the negatives drawn for it) are in one fold.
+All rows of one moment (an impression; a positive and the negatives drawn for it) are in one fold. A user whose likes
+are all in one fold has no vector in any: had it one in the others, a missing vector would mark the rows of its likes.
 
 Axes: B rows, N users (row 0: unknown), F folds, K knowledge width.
 """
@@ -15,21 +16,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-
-from llm4msr.data.splits import bucket_of
 
 
-def folds_of(timestamp_ms_B: np.ndarray, position_B: np.ndarray, num_folds: int) -> np.ndarray:
-    """Returns the fold of each row, (B,) int64: a hash of its time, or of its position where it has none.
+def folds_of(user_row_B: np.ndarray, moment_B: np.ndarray, num_folds: int) -> np.ndarray:
+    """Returns the fold of each row, (B,) int64: a user's moments are dealt out in turn, not all users from fold 0.
 
     Args:
-        timestamp_ms_B: Unix time; below 0 where there is none.
-        position_B: Place of the row among its user's rows.
+        user_row_B: Users.
+        moment_B: Number of the row's moment among its user's (`schema.rows_schema`).
         num_folds: F.
     """
-    moment_B = np.where(timestamp_ms_B < 0, position_B, timestamp_ms_B).astype(np.int64)
-    return bucket_of(pa.array(moment_B), num_folds)
+    return (user_row_B.astype(np.int64) + moment_B) % num_folds
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class UserFolds:
 
     Attributes:
         vectors_NK: (vectors + 1, K) float16; row 0 is zeros and means "no knowledge".
-        index_FN: (F, num_users + 1) int32; row of `vectors_NK` of each user's vector without the likes of a fold, 0
-            where nothing else was liked.
+        index_FN: (F, num_users + 1) int32; row of `vectors_NK` of each user's vector without the likes of a fold, 0 in
+            all folds where these are not in two folds at least.
     """
 
     vectors_NK: np.ndarray
@@ -58,6 +55,6 @@ class UserFolds:
         if np.any(self.vectors_NK[0]):
             raise ValueError("vectors_NK[0] must be zeros: it stands for users without knowledge")
 
-    def rows(self, user_row_B: np.ndarray, timestamp_ms_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def rows(self, user_row_B: np.ndarray, moment_B: np.ndarray) -> np.ndarray:
         """Returns (B,) the rows of `vectors_NK` that training rows may see."""
-        return self.index_FN[folds_of(timestamp_ms_B, position_B, len(self.index_FN)), user_row_B]
+        return self.index_FN[folds_of(user_row_B, moment_B, len(self.index_FN)), user_row_B]

@@ -51,7 +51,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 UNITS_PER_ACTOR = 4
 MIN_ROWS_PER_UNIT = 64
 # Part of what an extraction is: raise it when the same prompts would give another table.
-EXTRACT_VERSION = 2
+EXTRACT_VERSION = 3
 
 logger = logging.getLogger("llm4msr.knowledge")
 

@@ -26,7 +26,7 @@ from llm4msr import storage
 from llm4msr.knowledge.folds import folds_of
 from llm4msr.knowledge.table import FILES, FOLD_FILES, column_statistics
 
-COLUMNS = ("user_row", "item_row", "label", "timestamp_ms", "position")
+COLUMNS = ("user_row", "item_row", "label", "moment")
 BLOCK_LIKES = 65_536
 MIN_STD = 1e-6
 
@@ -62,14 +62,12 @@ def write_pooled_users(
         np.add.at(count_FN, (likes.fold_L, likes.user_L), 1)
         order.append(np.unique(likes.user_L))
     users = np.concatenate([np.zeros(0, np.int64), *order])
-    total_N = count_FN.sum(0)
     index_N = np.zeros(num_users + 1, np.int32)
     index_N[users] = np.arange(1, len(users) + 1)
-    # The folds' vectors come user by user, fold by fold; a user whose likes are all in a fold has none there.
-    has_UF = (total_N - count_FN)[:, users].T > 0
-    place_UF = np.cumsum(has_UF).reshape(has_UF.shape)
+    # The folds' vectors come user by user, fold by fold, of users whose likes are in two folds at least.
+    folded = users[(count_FN[:, users] > 0).sum(0) > 1]
     index_FN = np.zeros((num_folds, num_users + 1), np.int32)
-    index_FN[:, users] = np.where(has_UF, place_UF, 0).T
+    index_FN[:, folded] = np.arange(1, num_folds * len(folded) + 1).reshape(-1, num_folds).T
     for name, array in ((FILES["user_index_N"], index_N), (FOLD_FILES["index_FN"], index_FN)):
         with storage.atomic_write(storage.join(uri, name)) as file:
             np.save(file, array, allow_pickle=False)
@@ -80,16 +78,16 @@ def write_pooled_users(
         storage.atomic_write(storage.join(uri, FILES["users_NK"])) as whole,
         storage.atomic_write(storage.join(uri, FOLD_FILES["vectors_NK"])) as folds,
     ):
-        for file, number in ((whole, len(users)), (folds, int(has_UF.sum()))):
+        for file, number in ((whole, len(users)), (folds, num_folds * len(folded))):
             header = {"descr": "<f2", "fortran_order": False, "shape": (number + 1, width)}
             np.lib.format.write_array_header_1_0(file, header)
             file.write(np.zeros(width, "<f2").tobytes())
         for likes in _read(rows_uris, item_index_N, num_folds):
             for block in _blocks(likes):
                 vector_LK = _unit((items_NK[block.vector_L] - mean_K) / std_K)
-                whole_UK, without_UFK, has_block_UF = _pool(block, vector_LK, num_folds)
+                whole_UK, without_UFK, is_folded_U = _pool(block, vector_LK, num_folds)
                 whole.write(whole_UK.astype("<f2").tobytes())
-                folds.write(without_UFK[has_block_UF].astype("<f2").tobytes())
+                folds.write(without_UFK[is_folded_U].astype("<f2").tobytes())
     return len(users)
 
 
@@ -99,11 +97,10 @@ def _read(rows_uris: Sequence[str], item_index_N: np.ndarray, num_folds: int) ->
         table = table.filter(pc.and_(pc.equal(table["label"], 1), pc.greater(table["user_row"], 0)))
         vector_L = item_index_N[table["item_row"].to_numpy()]
         table = table.append_column("vector", pa.array(vector_L)).filter(pa.array(vector_L > 0))
-        time_L = pc.fill_null(table["timestamp_ms"].cast(pa.int64()), -1).to_numpy()
-        user_L, position_L = table["user_row"].to_numpy(), table["position"].to_numpy()
-        fold_L = folds_of(time_L, position_L, num_folds)
+        user_L, moment_L = table["user_row"].to_numpy(), table["moment"].to_numpy()
+        fold_L = folds_of(user_L, moment_L, num_folds)
         # The order of the sums is fixed, whatever that of the rows.
-        order = np.lexsort((table["item_row"].to_numpy(), position_L, time_L, user_L))
+        order = np.lexsort((table["item_row"].to_numpy(), moment_L, user_L))
         yield _Likes(user_L[order].astype(np.int64), table["vector"].to_numpy()[order], fold_L[order])
 
 
@@ -117,14 +114,13 @@ def _blocks(likes: _Likes) -> Iterator[_Likes]:
 
 
 def _pool(likes: _Likes, vector_LK: np.ndarray, num_folds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the users' vectors (U, K), those without each fold's likes (U, F, K), and where these exist (U, F)."""
+    """Returns the users' vectors (U, K), those without each fold's likes (U, F, K), and who has these (U,)."""
     _, first_U, user_L = np.unique(likes.user_L, return_index=True, return_inverse=True)
     in_fold = [likes.fold_L == fold for fold in range(num_folds)]
     sum_FUK = np.stack([np.add.reduceat(vector_LK * own_L[:, None], first_U) for own_L in in_fold])
     count_UF = np.stack([np.bincount(user_L[own_L], minlength=len(first_U)) for own_L in in_fold], axis=1)
     sum_UK = sum_FUK.sum(0)
-    has_UF = count_UF.sum(1, keepdims=True) > count_UF
-    return _unit(sum_UK), _unit(sum_UK - sum_FUK).transpose(1, 0, 2), has_UF
+    return _unit(sum_UK), _unit(sum_UK - sum_FUK).transpose(1, 0, 2), (count_UF > 0).sum(1) > 1
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

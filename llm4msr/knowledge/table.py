@@ -130,37 +130,50 @@ class KnowledgeTable:
         """Returns the control: the same vectors, given to the wrong users, scenarios and items.
 
         Users' vectors move along one random cycle through all of them, so that no user keeps its own when there are
-        at least two, and users who share a vector still share one; users without knowledge stay without. Items
-        likewise, along a cycle of their own. Scenario rows move on by one. There are no folds: another's
-        likes hold no answers.
+        at least two, and users who share a vector still share one; users without knowledge stay without. A user's
+        folds come from whom its vector comes from. Items likewise, along a cycle of their own. Scenario rows move on
+        by one.
 
         Args:
             seed: Seed of the cycles.
         """
+        user_index_N = _cycle(len(self.users_NK), np.random.default_rng(seed))[self.user_index_N]
+        folds = self.folds
+        if folds is not None:
+            owner = np.zeros(len(self.users_NK), np.int64)  # of each vector
+            owner[self.user_index_N[::-1]] = np.arange(len(self.user_index_N))[::-1]
+            folds = UserFolds(folds.vectors_NK, folds.index_FN[:, owner[user_index_N]])
         return KnowledgeTable(
             users_NK=self.users_NK,
-            user_index_N=_cycle(len(self.users_NK), np.random.default_rng(seed))[self.user_index_N],
+            user_index_N=user_index_N,
             scenarios_SK=np.roll(self.scenarios_SK, 1, axis=0),
             items_NK=self.items_NK,
             item_index_N=_cycle(len(self.items_NK), np.random.default_rng((seed, 1)))[self.item_index_N],
+            folds=folds,
         )
 
     def random(self, seed: int) -> KnowledgeTable:
         """Returns the other control: Gaussian noise in place of every vector, as wide and as large as the vectors.
 
         Each component has the mean and the standard deviation that it has over the vectors of its level. Users who
-        share a vector share the noise; users, items and levels without knowledge stay without. A single scenario keeps
-        its vector: it has no deviation. There are no folds: noise quotes nothing. It is held in memory.
+        share a vector share the noise; users, items and levels without knowledge stay without. A user has the same
+        noise in all folds where it has a vector. A single scenario keeps its vector: it has no deviation. The noise is
+        held in memory.
 
         Args:
             seed: Seed of the noise.
         """
+        users_NK = _noise(self.users_NK, np.random.default_rng((seed, 2)))
+        folds = self.folds
+        if folds is not None:
+            folds = UserFolds(users_NK, np.where(folds.index_FN > 0, self.user_index_N, 0).astype(np.int32))
         return KnowledgeTable(
-            users_NK=_noise(self.users_NK, np.random.default_rng((seed, 2))),
+            users_NK=users_NK,
             user_index_N=self.user_index_N,
             scenarios_SK=_noise(self.scenarios_SK, np.random.default_rng((seed, 3)), first=0),
             items_NK=_noise(self.items_NK, np.random.default_rng((seed, 4))),
             item_index_N=self.item_index_N,
+            folds=folds,
         )
 
     def save(self, uri: str) -> None:

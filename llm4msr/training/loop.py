@@ -14,6 +14,7 @@ import torch
 
 from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
+from llm4msr.config import ConfigError
 from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
@@ -89,6 +90,7 @@ def train_worker(
         "valid_auc": state.best_auc,
         "num_parameters": trainer.num_parameters,
         "world_size": world_size,
+        "num_threads": torch.get_num_threads(),
         "history": state.history,
         "seconds": round(run.seconds(), 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -107,6 +109,11 @@ def _new_model(task: TrainTask, prepared: PreparedData, knowledge: KnowledgeTabl
     if knowledge is None:
         return build_model(prepared.schema, config.model, None, materialize=materialize)
     if "item" in config.knowledge.levels and not knowledge.has_items:
+        if config.model.knowledge_match:
+            raise ConfigError(
+                f"{task.name}: model.knowledge_match is on, but no item has knowledge: no item has a text "
+                "(data.table.item_text_columns); switch it off, or give items a text"
+            )
         logger.warning("%s: no item has knowledge: the model is built without item knowledge", task.name)
     model = build_model(prepared.schema, config.model, knowledge.width, knowledge.has_items, materialize)
     set_knowledge(model, knowledge)

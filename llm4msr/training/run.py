@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -15,13 +13,13 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError, digest
 from llm4msr.knowledge.place import knowledge_uri
 from llm4msr.training.loop import train_worker
 from llm4msr.training.signals import sigterm_event
+from llm4msr.training.stop import asking, forwarded, start_flag
 from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted, TrainTask
 
 logger = logging.getLogger("llm4msr.training")
@@ -38,7 +36,6 @@ HOW_NOT_WHAT = {
     "max_loss",
 }
 MOST_CPUS_BESIDE_GPU = 8
-STOP_POLL_S = 0.5
 
 
 def plan_runs(config: Config) -> list[TrainTask]:
@@ -49,20 +46,14 @@ def plan_runs(config: Config) -> list[TrainTask]:
     item knowledge that it does not have.
 
     Raises:
-        ConfigError: Histories are asked for with sharded embeddings.
         StorageError: Data or knowledge is not there yet.
     """
-    if config.data.history and config.model.embedding_sharding == "sharded":
-        raise ConfigError(
-            f"data.history names {[f.name for f in config.data.history]} and model.embedding_sharding = 'sharded': a "
-            "sharded table gives sums, not the single items that a history is made of; use 'replicated', or no history"
-        )
     prepared_uri = workspace.prepared_uri(config)
     tasks = []
     for knowledge in config.experiment.knowledge:
         place = knowledge_uri(config) if knowledge != "none" else None
         levels = sorted(config.knowledge.levels) if knowledge != "none" else []
-        unused = {"meta"} if knowledge == "none" else set()
+        unused = {"meta", "knowledge_match"} if knowledge == "none" else set()
         if "item" not in levels:
             unused.add("item_knowledge_dims")
         model = config.model.model_dump(mode="json", exclude=unused)
@@ -145,10 +136,8 @@ def _train_group(
         )
     scratch = storage.join(task.run_uri, "ray")
     filesystem, path = storage.arrow_filesystem(scratch)
-    # With the driver, whose end ends the job anyway.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    flag = _StopFlag.options(scheduling_strategy=here).remote()
-    with _forwarded(stop, flag):
+    flag = start_flag()
+    with forwarded(stop, flag):
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"task": task, "flag": flag, "num_threads": _threads(cpus)},
@@ -203,40 +192,6 @@ def _threads(cpus: int) -> int:
     return max(1, cpus - 1)
 
 
-@ray.remote(num_cpus=0)
-class _StopFlag:
-    """Tells the workers that the driver was asked to stop."""
-
-    def __init__(self) -> None:
-        self.value = False
-
-    def set(self) -> None:
-        self.value = True
-
-    def get(self) -> bool:
-        return self.value
-
-
-@contextlib.contextmanager
-def _forwarded(stop: threading.Event, flag: Any) -> Iterator[None]:
-    """Sets the flag once the event is set: by a thread, because a signal handler must not call Ray."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            if stop.wait(STOP_POLL_S):
-                ray.get(flag.set.remote())
-                return
-
-    thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def _worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     # In a worker process this makes the epochs' lines visible.
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -244,34 +199,19 @@ def _worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(loop_config["num_threads"])
     context = ray.train.get_context()
     try:
-        return train_worker(
-            loop_config["task"],
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=ray.train.torch.get_device(),
-            report=lambda metrics: ray.train.report(metrics),
-            should_stop=_polled(loop_config["flag"]),
-            preempted=_Preempted(),
-        )
+        with asking(loop_config["flag"]) as should_stop:
+            return train_worker(
+                loop_config["task"],
+                rank=context.get_world_rank(),
+                world_size=context.get_world_size(),
+                device=ray.train.torch.get_device(),
+                report=lambda metrics: ray.train.report(metrics),
+                should_stop=should_stop,
+                preempted=_Preempted(),
+            )
     except (TrainingError, TrainingInterrupted) as error:
         # All workers end here together. Raised, it would be a failure that Ray Train answers with another start.
         return {type(error).__name__: str(error)}
-
-
-def _polled(flag: Any) -> Callable[[], bool]:
-    """Returns a question about the flag that costs nothing: a thread asks."""
-    stop = threading.Event()
-
-    def poll() -> None:
-        pause = threading.Event()
-        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and this worker soon will be
-            while not stop.is_set():
-                if ray.get(flag.get.remote()):
-                    stop.set()
-                pause.wait(STOP_POLL_S)
-
-    threading.Thread(target=poll, name="stop-poll", daemon=True).start()
-    return stop.is_set
 
 
 class _Preempted:

@@ -16,7 +16,7 @@ import tomli_w
 
 from llm4msr import storage, workspace
 from llm4msr.config import Config, ConfigError, digest
-from llm4msr.settings import config_from_dict
+from llm4msr.settings import config_from_dict, with_values
 from llm4msr.training.run import plan_runs
 from llm4msr.training.task import TrainTask
 
@@ -134,22 +134,12 @@ def shown(value: Any) -> Any:
 
 
 def _changed(config: Config, values: dict[str, Any]) -> Config:
-    return config_from_dict(_with(config.model_dump(mode="json"), values))
-
-
-def _with(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    for key, value in values.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
+    return config_from_dict(with_values(config.model_dump(mode="json"), values))
 
 
 def write_recipe(config: Config, uri: str, best: dict[str, Any]) -> str:
     """Writes the given configuration with the best trial's values as a recipe; returns where the user looks for it."""
-    tree = _with(config.model_dump(mode="json", exclude_defaults=True, exclude_none=True), best["values"])
+    tree = with_values(config.model_dump(mode="json", exclude_defaults=True, exclude_none=True), best["values"])
     head = f"# The best of {config.tune.num_trials} trials of jobs.tune: valid AUC {best['valid_auc']:.4f}.\n"
     places = [storage.join(uri, RECIPE_FILE), *([config.tune.recipe_path] if config.tune.recipe_path else [])]
     for place in places:

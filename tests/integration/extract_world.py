@@ -82,6 +82,7 @@ def write_prepared(config: Config, name: str, world: World, num_buckets: int = 4
             "label": [row.label for row in rows],
             "timestamp_ms": [row.time_ms for row in rows],
             "position": list(range(len(rows))),
+            "moment": list(range(len(rows))),
         }
         file = bucket_file("train", number)
         storage.write_parquet(storage.join(uri, file), pa.table(columns).cast(rows_schema(SCHEMA)))

@@ -44,7 +44,8 @@ def as_table(records: list[tuple], first_row: int) -> pa.Table:
     names = ("user_row", "item_row", "scenario", "label", "timestamp_ms")
     columns = dict(zip(names, zip(*records, strict=True), strict=True))
     order = list(range(first_row, first_row + len(records)))
-    return pa.table(columns | {"row_id": order, "position": order}).select(rows_schema(SCHEMA).names).cast(
+    columns |= {"row_id": order, "position": order, "moment": order}
+    return pa.table(columns).select(rows_schema(SCHEMA).names).cast(
         rows_schema(SCHEMA)
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def outcome(task: TrainTask) -> dict[str, Any]:
     """A finished run's metadata without times and places."""
     metadata = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
     metadata["history"] = [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in metadata["history"]]
-    return {k: v for k, v in metadata.items() if k not in ("seconds", "world_size", "model_version")}
+    return {k: v for k, v in metadata.items() if k not in ("seconds", "world_size", "num_threads", "model_version")}
 
 
 def weights(task: TrainTask) -> bytes:

@@ -57,6 +57,7 @@ ONLY_IN = {
         "llm4msr.knowledge.prompt_stage",
         "llm4msr.knowledge.engines.vllm",
         "llm4msr.training.run",
+        "llm4msr.training.stop",
         "llm4msr.training.tune",
         "llm4msr.comparison.run",
     },
@@ -212,7 +213,7 @@ PLANTED = {
             "llm4msr.data.features imports ray.data; ray belongs in llm4msr.comparison.run, llm4msr.data.pipeline, "
             "llm4msr.knowledge.actors, "
             "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, "
-            "llm4msr.knowledge.prompt_stage, llm4msr.training.run, llm4msr.training.tune"
+            "llm4msr.knowledge.prompt_stage, llm4msr.training.run, llm4msr.training.stop, llm4msr.training.tune"
         ],
     ),
     "llm4msr/data/pipeline.py": ("import ray\nfrom llm4msr.data import csv\n", []),

@@ -289,8 +289,8 @@ class TestPEPNet:
 
     @pytest.mark.parametrize("name", ["ppnet", "pepnet", "hamur"])
     def test_nothing_to_gate_is_refused(self, name):
-        with pytest.raises(ValueError, match=rf"model.hidden_dims is empty: {name} .*give at least one width"):
-            build(name, hidden_dims=())
+        with pytest.raises(ValueError, match=rf"hidden_dims is empty: {name} .*give at least one width"):
+            ModelConfig(backbone=name, hidden_dims=())
 
     @pytest.mark.parametrize("name", ["sar_net", "m2m", "adasparse", "adaptdhm", "epnet"])
     def test_others_do_without_hidden_layers(self, name):

@@ -19,7 +19,6 @@ from llm4msr.data.splits import NO_TIME
 from llm4msr.schema import Feature, FeatureSchema, SchemaError, rows_schema
 from llm4msr.settings import config_from_dict
 from llm4msr.training.reader import list_row_groups, read_row_group, to_columns
-from llm4msr.training.run import plan_runs
 
 NUM_USERS = 4
 COMPARED = (("user_row", np.equal), ("timestamp_ms", np.less))
@@ -239,15 +238,13 @@ class TestNames:
             config_from_dict({"data": {"history": features}})
 
     def test_sharded_tables_are_refused(self):
-        config = config_from_dict(
-            {
-                "data": {"history": [{"name": "liked"}]},
-                "model": {"embedding_sharding": "sharded"},
-                "train": {"embedding_optimizer": "rowwise_adagrad", "num_workers": 1},
-            }
-        )
+        tree = {
+            "data": {"history": [{"name": "liked"}]},
+            "model": {"embedding_sharding": "sharded"},
+            "train": {"embedding_optimizer": "rowwise_adagrad", "num_workers": 1},
+        }
         with pytest.raises(ConfigError, match=r"data\.history names \['liked'\] and model\.embedding_sharding"):
-            plan_runs(config)
+            config_from_dict(tree)
 
 
 class TestSchema:
@@ -275,6 +272,6 @@ class TestSchema:
     def test_columns_of_rows(self):
         schema = tiny_schema(more=SEQUENCES)
         names = rows_schema(schema).names
-        assert names[6:] == ["position", "history:all", "history:1", "search_source", "price", "words"]
+        assert names[6:] == ["position", "moment", "history:all", "history:1", "search_source", "price", "words"]
         assert rows_schema(schema).field("words").type == pa.list_(pa.int32(), 2)
         assert rows_schema(tiny_schema()).names == [n for n in names if not n.startswith("history:") and n != "words"]

@@ -73,8 +73,6 @@ class HAMUR(Backbone):
 
     def __init__(self, layout: InputLayout, num_scenarios: int, config: ModelConfig) -> None:
         super().__init__(layout, num_scenarios, config)
-        if not config.hidden_dims:
-            raise ValueError("model.hidden_dims is empty: hamur adapts hidden layers; give at least one width")
         input_dim, adaptive = layout.input_dim, config.adaptive
         self.rank = adaptive.rank
         self.hyper = nn.Sequential(

@@ -52,10 +52,6 @@ class PEPNet(Backbone):
 
     def __init__(self, layout: InputLayout, num_scenarios: int, config: ModelConfig) -> None:
         super().__init__(layout, num_scenarios, config)
-        if self.gates_hidden and not config.hidden_dims:
-            raise ValueError(
-                f"model.hidden_dims is empty: {config.backbone} gates hidden layers; give at least one width"
-            )
         input_dim, gate_dim, embedding_dim = layout.input_dim, config.adaptive.hidden_dim, config.embedding_dim
         self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, embedding_dim))
         self.ids = [layout.columns(field) for field in ("user_id", "item_id") if field in layout.fields]
