@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WORKSPACE ?= workspace/demo
 CHECKPOINT ?=
 RECIPE ?= jobs/recipes/compare_food_kitchen.toml
-DATA ?= ../shared/data/amazon-food-kitchen
+# Of the recipes of these data, where the files lie beside the repository; else data.raw_uri is the recipe's own.
+DATA ?= $(if $(filter %/compare_food_kitchen.toml %/compare_ablations.toml,$(RECIPE)),$(wildcard ../shared/data/amazon-food-kitchen))
 PORT ?= 8000
 INSTALLED := $(VENV)/.installed
 
@@ -34,8 +35,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Generate data, prepare, extract, train, evaluate; print the comparison.
 	$(BIN)/python -m jobs.pipeline --config jobs/recipes/demo.toml --workspace_uri "$(WORKSPACE)"
 
-compare: $(INSTALLED) ## Compare backbones, knowledge and ablations over seeds: RECIPE on DATA (in WORKSPACE).
-	$(BIN)/python -m jobs.compare --config "$(RECIPE)" --data.raw_uri "$(DATA)" $(if $(filter-out file,$(origin WORKSPACE)),--workspace_uri "$(WORKSPACE)")
+compare: $(INSTALLED) ## Compare backbones, knowledge and ablations over seeds: RECIPE (on DATA, in WORKSPACE).
+	$(BIN)/python -m jobs.compare --config "$(RECIPE)" $(if $(DATA),--data.raw_uri "$(DATA)") $(if $(filter-out file,$(origin WORKSPACE)),--workspace_uri "$(WORKSPACE)")
 
 serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
 	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --port $(PORT)

@@ -8,22 +8,35 @@ Axes: R rows of a split.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.harness import REPOSITORY
 from benchmarks.quality_data import read_rows
 from llm4msr.data.prepared import PreparedData
 from llm4msr.ranker import Ranker
 from llm4msr.settings import config_from_dict
 from llm4msr.training.loop import train_worker
+from llm4msr.training.run import TRAIN_VERSION
 from llm4msr.training.task import TrainTask
 
 SCORE_BATCH_SIZE = 8192
+
+
+def code_version() -> dict[str, Any]:
+    """Returns what tells one state of our training from another: its version, and a digest of its sources."""
+    folder, found = REPOSITORY / "llm4msr", hashlib.sha256()
+    for path in sorted([*folder.glob("models/**/*.py"), *folder.glob("training/**/*.py"), folder / "batch.py"]):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return {"train_version": TRAIN_VERSION, "sources": found.hexdigest()[:16]}
 
 
 def score_split(ranker: Ranker, prepared: PreparedData, split: str) -> np.ndarray:

@@ -15,7 +15,8 @@ side writes to a file.
 * The best of a side is chosen on valid, so that a side with more models has no advantage on test.
 
 Runs are taken one after another, each in a process of its own with one thread of torch, and each leaves a small file in
-the work folder, so the same command goes on where it stopped. The folder belongs to one state of the code.
+the work folder, so the same command goes on where it stopped. Our runs belong to one state of our models and training,
+and are run again with another; the peers' belong to their versions.
 
 Axes: R rows of a split.
 """
@@ -40,6 +41,7 @@ import numpy as np
 
 from benchmarks.harness import REPOSITORY
 from benchmarks.quality_data import export, peer_scale, read_labels
+from benchmarks.quality_ours import code_version
 from benchmarks.quality_report import OURS, UNSEEN, Finished, judge, show, write
 from benchmarks.train_peers import ENVIRONMENT_VARIABLES, PEERS, make_environment
 from llm4msr import workspace
@@ -101,13 +103,14 @@ class Bench:
         self.tables = export(self.prepared, folder / "data")
         self.labels = {split: read_labels(Path(self.tables[split])) for split in ("valid", "test")}
         self.peer_scale = peer_scale(self.prepared)
+        self.code = code_version()
 
     def spec(self, run: Run) -> dict[str, Any]:
         """Returns all that decides what a run's result is; the run's place follows from it."""
         model, train = self.config.model, self.config.train
         common = {"model": run.model, "seed": run.seed, "prepared": self.prepared_uri.rstrip("/").rsplit("/", 1)[-1]}
         if run.side == OURS:
-            return common | {"side": OURS, "config": our_config(self.config, run)}
+            return common | {"side": OURS, "code": self.code, "config": our_config(self.config, run)}
         return common | {
             "side": PEERS[run.side].requirement,
             "embedding_dim": model.embedding_dim,
@@ -309,6 +312,7 @@ def described(bench: Bench, options: argparse.Namespace) -> Mapping[str, Any]:
         "penalties": {OURS: list(options.penalties), "peers": [p * bench.peer_scale for p in options.penalties]},
         "tries": f"{len(options.learning_rates) * len(options.penalties)} of each model, with seed 0",
         "seeds": options.seeds,
+        "code": bench.code,
         "peers": {name: peer.requirement for name, peer in PEERS.items()},
     }
 

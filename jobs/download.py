@@ -1,7 +1,7 @@
 """Downloads a data set: ``python -m jobs.download NAME --to URI``; ``--list`` shows what there is.
 
-Broken connections are gone on with, checksums are compared, archives are unpacked with care, and the command to run
-next is printed. A second run finds the data there and does nothing. Proxies: HTTPS_PROXY and NO_PROXY.
+Broken connections are gone on with, checksums are compared, archives are unpacked with care to URI/NAME, and the
+command to run next is printed. A second run finds the data there and does nothing. Proxies: HTTPS_PROXY and NO_PROXY.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("name", nargs="?", metavar="NAME", help="the data set; --list shows all")
     parser.add_argument("--to", metavar="URI", help="a folder or s3://; the data set lands in URI/NAME")
     parser.add_argument("--list", action="store_true", help="show the data sets and end")
-    parser.add_argument("--mirror", metavar="URL", help="http(s) folder with the files, instead of the publisher's")
+    parser.add_argument(
+        "--mirror",
+        metavar="URL",
+        help="http(s) folder with the files, and NAME.md5 beside each, instead of the publisher's",
+    )
     parser.add_argument(
         "--cache",
         type=Path,

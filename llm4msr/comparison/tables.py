@@ -16,9 +16,9 @@ SLICE_NAMES = {
     ("item", "warm"): "warm items",
 }
 WITH_CONTROLS = (
-    "llm against its controls: gains of each model with knowledge “llm” over the models that differ from it in the kind "
-    "of knowledge alone: “shuffled”, the vectors of others, and “random”, noise. What is gained over the reference and "
-    "not over these does not come from what the knowledge says."
+    "llm against its controls: gains of each model with knowledge “llm” over the models that differ from it in the "
+    "kind of knowledge alone: “shuffled”, the vectors of others, and “random”, noise. What is gained over the "
+    "reference and not over these does not come from what the knowledge says."
 )
 WITHOUT_CONTROLS = (
     "No model has a control, the same with knowledge “shuffled” or “random”: a gain may come from the added parameters "
@@ -63,8 +63,8 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
     sentences, models = [], summary["models"]
     if at_edge := summary["num_learning_rates_at_edge"]:
         sentences.append(
-            f"The chosen learning rate of {at_edge} of {len(models)} models is at the edge of those tried, marked in the "
-            "table of learning rates: a better one may lie beyond."
+            f"The chosen learning rate of {at_edge} of {len(models)} models is at the edge of those tried, marked in "
+            "the table of learning rates: a better one may lie beyond."
         )
     ways: dict[str, int] = {}
     for run in summary["trained_otherwise"]:
@@ -118,8 +118,7 @@ def control_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """Returns the gains of models with knowledge over their controls, from `results.control_summaries`."""
     cells = tuple(
         (
-            "all" if row["scenario"] == ALL_SCENARIOS else row["scenario"],
-            *(row[name] for name in ("backbone", "variant", "control")),
+            *(row[name] for name in ("scenario", "backbone", "variant", "control")),
             *(gain_cells(row["gain"]) if row["gain"] else (NOTHING,) * 3),
         )
         for row in rows

@@ -10,9 +10,12 @@ Records that repeat another byte for byte, as the published files hold many, cou
 another size or colour of the product differs in ``style`` and is an event of its own. The number dropped is
 ``merged_rows`` in the manifest for reviews, and logged for metadata.
 
-What is left out: all that the reviewer wrote or that followed from it (text, summary, votes, images, verified, style),
-which was not known when the product was shown; descriptions, ranks and related products, which are of the day of the
-crawl; and the release of 2023, which has other fields.
+All metadata are of the day of the crawl. What says what a product is stays (title, brand, categories, price), though a
+price may have been another one when the review was written. What is made of how products sold is left out (ranks, and
+related products: also bought, also viewed), as it counts the very purchases that are to be predicted.
+
+Also left out: all that the reviewer wrote or that followed from it (text, summary, votes, images, verified, style),
+which was not known when the product was shown; descriptions; and the release of 2023, which has other fields.
 """
 
 from __future__ import annotations

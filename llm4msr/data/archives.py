@@ -109,7 +109,7 @@ def _members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes], i
                             source = opened.extractfile(member)
                             assert source is not None
                             yield name, source, member.size
-                stream.allow(budget.most)
+                stream.allow(budget.most + _PADDING_BYTES)
                 while stream.read(_CHUNK_BYTES):
                     pass  # tarfile stops before the checksum
 

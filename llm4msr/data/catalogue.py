@@ -139,7 +139,7 @@ def _kuairand(name: str, archive: str) -> DataSet:
         "CC BY-SA 4.0",
         "https://kuairand.com",
         archive,
-        note="no recipe reads it: most of its 15 tabs are too small to be scenarios",
+        note="no recipe reads it: each of its tabs would be a scenario, and most are too small (docs/data.md)",
     )
 
 

@@ -1,8 +1,9 @@
 """Fetches a data set, verifies it and unpacks it to a local or s3:// folder, whose manifest is written last.
 
-A file counts as verified only by a checksum that came from somewhere else than the file: the catalogue's, or the one
-that the publisher (or the mirror) serves beside it. Where there is none, the manifest says so and holds the SHA-256
-found, so that two downloads can be compared.
+A file counts as verified where its checksum is the catalogue's, or the one that its publisher serves for it over a
+connection of its own. A mirror's checksum is compared too, and finds what was damaged on the way; but who alters a file
+alters that as well, so the file is not verified. The manifest says which it was, and holds the SHA-256 found, so that
+two downloads can be compared. With a mirror, the publisher is asked for nothing.
 
 What is left out: signatures, logins, and several connections at once.
 """
@@ -39,13 +40,15 @@ class Expected:
         md5: Lower-case hex.
         sha256: The same.
         num_bytes: Its size.
-        source: Who says so; None: nobody, the file cannot be verified.
+        source: Who says so; None: nobody.
+        is_proof: That this is who made the file, or the catalogue, and not who passed it on.
     """
 
     md5: str | None = None
     sha256: str | None = None
     num_bytes: int | None = None
     source: str | None = None
+    is_proof: bool = True
 
 
 def download(
@@ -72,7 +75,8 @@ def download(
 
     Raises:
         DownloadError: A file cannot be fetched or holds wrong bytes, or the target holds something else.
-        ArchiveError: An archive is damaged or not safe.
+        ArchiveError: An archive is damaged or not safe; nothing of it stays, and unless it was verified it is fetched
+            anew next time.
     """
     place = storage.join(storage.absolute(to_uri), data_set.name)
     if is_downloaded(data_set, place):
@@ -150,7 +154,7 @@ def find_expected(file: RemoteFile, mirror: str | None, patience: Patience | Non
     if url is None:
         return Expected()
     try:
-        return Expected(parse_md5(fetch_text(url, patience), file.name, url), source=url)
+        return Expected(parse_md5(fetch_text(url, patience), file.name, url), source=url, is_proof=mirror is None)
     except NotThereError:
         return Expected()
 
@@ -191,7 +195,8 @@ def verify(path: Path, url: str, expected: Expected) -> dict[str, Any]:
     """Compares a fetched file with what it should be; one with wrong bytes is deleted.
 
     Returns:
-        num_bytes, md5, sha256 as found, and verified_by: who said that these are right; None where nobody did.
+        num_bytes, md5, sha256 as found; compared_with: whose word these agree with, None where there is none; and
+        verified_by: the same where it is proof, else None.
 
     Raises:
         DownloadError: The bytes are wrong.
@@ -210,11 +215,13 @@ def verify(path: Path, url: str, expected: Expected) -> dict[str, Any]:
                 f"{url}: wrong bytes: {name} {found[name]} found, {wanted} expected by {expected.source}; deleted. "
                 "Run again; if this repeats, the file was replaced, or something on the way alters it"
             )
-    if expected.source is None:
-        logger.warning("%s: NOT verified, as no checksum is published; its sha256 is %s", url, found["sha256"])
+    verified_by = expected.source if expected.is_proof else None
+    if verified_by is None:
+        reason = f"the mirror alone says so ({expected.source})" if expected.source else "no checksum is published"
+        logger.warning("%s: NOT verified, as %s; its sha256 is %s", url, reason, found["sha256"])
     else:
-        logger.info("%s: verified by %s", url, expected.source)
-    return found | {"verified_by": expected.source}
+        logger.info("%s: verified by %s", url, verified_by)
+    return found | {"compared_with": expected.source, "verified_by": verified_by}
 
 
 def _place(
@@ -227,7 +234,7 @@ def _place(
                 written[name] = num_bytes
         except ArchiveError:
             if not verified:
-                path.unlink()  # it may have been damaged on the way
+                path.unlink()  # another try may bring another file; a verified one would be the same again
             raise
     else:
         storage.copy(str(path), storage.join(place, file.name))

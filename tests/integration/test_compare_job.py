@@ -16,6 +16,7 @@ import pytest
 import train_world as world
 from PIL import Image
 
+from jobs import compare as job
 from jobs.evaluate import evaluate
 from llm4msr import storage
 from llm4msr.comparison.plan import DETAIL_FILE, EVALUATION_FILE, plan_comparison
@@ -128,12 +129,25 @@ def test_gains_are_those_of_equal_seeds(finished):
         assert row["auc"] == pytest.approx(statistics.fmean(ours))
         assert row["gain"]["mean"] == pytest.approx(statistics.fmean(ours) - statistics.fmean(base))
         assert row["gain"]["num_seeds"] == 2
+    controls = report.summary["controls"]
+    assert len(controls) == 3 * 2
+    for row in controls:
+        assert (row["variant"], row["control"]) == ("llm", "random")
+        differences = [
+            auc[row["backbone"], "llm", seed, "test", row["scenario"]]
+            - auc[row["backbone"], "random", seed, "test", row["scenario"]]
+            for seed in (0, 1)
+        ]
+        assert row["gain"]["mean"] == pytest.approx(statistics.fmean(differences))
+        assert row["gain"]["std"] == pytest.approx(statistics.stdev(differences))
+    assert report.summary["num_tests"] == len(rows) + len(controls)
 
 
 def test_everything_is_written(finished):
     _, report = finished
     names = {os.path.relpath(name, report.uri) for name, _ in storage.list_files(report.uri)}
-    plots = ("auc_by_scenario", "calibration", "gain_by_user_activity", "gain_cold", "training_curves")
+    plots = ("auc_by_scenario", "auc_by_user_activity", "calibration", "gain_by_user_activity", "gain_cold")
+    plots += ("training_curves",)
     files = {"item_mean.json", "manifest.json", "report.html", "results.csv", "summary.json", "table.md"}
     assert names == files | {f"plots/{name}.png" for name in plots}
     for name in plots:
@@ -161,7 +175,11 @@ def test_everything_is_written(finished):
     for heading in ("## Scenario rec", "## Scenario search", "## All scenarios together", "## Cold users"):
         assert heading in table
     assert "item_mean" in table and "user level only" in table
+    assert "llm against its controls" in [grid.title for grid in report.grids]
+    assert report.summary["num_learning_rates_at_edge"] == 8 and "of 8 of 8 models is at the edge" in table
+    assert report.summary["trained_otherwise"] == [] and "found again" not in table
     page = storage.local_path(storage.join(report.uri, "report.html")).read_text()
+    assert "## llm against its controls" in table and "<h2>llm against its controls</h2>" in page
     assert "the command" in page and report.summary["config_digest"] in page
     assert "http" not in page.replace("http-equiv", "")
 
@@ -197,6 +215,26 @@ def test_another_threshold_for_cold_evaluates_again_and_trains_nothing(finished,
     assert "Warm users" in titles and "Cold users" not in titles  # everybody has one row there
 
 
+def test_evaluations_of_older_code_and_runs_trained_otherwise(ray_cluster, tmp_path):
+    config = make(str(tmp_path / "ws"), tmp_path)
+    first = compare(config)
+    before = written(config)
+    older, otherwise = plan_comparison(config).models[0].runs[0.003]
+    place = storage.join(older.run_uri, DETAIL_FILE)
+    storage.write_json(place, {k: v for k, v in storage.read_json(place).items() if k != "version"})
+    place = storage.join(otherwise.checkpoint_uri, "metadata.json")
+    metadata = storage.read_json(place)
+    assert metadata["num_threads"] == 1
+    storage.write_json(place, metadata | {"world_size": 2})
+    again = compare(config)
+    changed = {name for name, when in written(config).items() if when != before[name]}
+    assert changed == {f"{older.name}/{file}" for file in (EVALUATION_FILE, DETAIL_FILE)}
+    assert again.summary["scenarios"] == first.summary["scenarios"]
+    assert again.summary["trained_otherwise"] == [{"run": otherwise.name, "world_size": 2, "num_threads": 1}]
+    page = storage.local_path(storage.join(again.uri, "report.html")).read_text()
+    assert "threads: 1): 1 with workers: 2, threads: 1." in page
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -222,6 +260,12 @@ def test_a_failed_run_is_listed_and_tried_again_and_the_others_are_kept(ray_clus
     assert report.summary["failures"] == [] and storage.is_finished(report.uri)
     assert {name: after[name] for name in before} == before and len(after) == 3 * 4
     assert [r["gain"]["num_seeds"] for r in report.summary["scenarios"] if r["variant"] == "llm"] == [2, 2, 2]
+
+    storage.remove(llm.runs[0.003][1].run_uri)
+    block(llm.runs[0.003][1])
+    report = compare(config)
+    assert len(report.summary["failures"]) == 1
+    assert not storage.is_finished(report.uri)  # the manifest was that of the report before
 
 
 def test_a_learning_rate_that_diverges_is_not_chosen(ray_cluster, tmp_path):
@@ -306,6 +350,20 @@ RECIPE = {
         "max_concurrent": 1,
     },
 }
+
+
+def test_failed_runs_are_an_exit_status(ray_cluster, tmp_path, monkeypatch, capsys):
+    settings = {"workspace_uri": str(tmp_path / "ws")} | RECIPE
+    settings["train"] = RECIPE["train"] | {"max_epochs": 1}
+    settings["experiment"] = {"seeds": [0]}
+    settings["compare"] = SMALL | {"learning_rates": [1e6, 0.003]}
+    recipe = processes.write_recipe(tmp_path / "recipe.toml", settings)
+    monkeypatch.setattr("sys.argv", ["compare", "--config", str(recipe)])
+    assert job.main() == 1
+    printed = capsys.readouterr().out
+    assert "failed: " in printed and list((tmp_path / "ws").glob("compare-*/report.html"))
+    monkeypatch.setattr("sys.argv", ["compare", "--config", str(recipe), "--compare.learning_rates", "[0.003]"])
+    assert job.main() == 0
 
 
 def test_killed_comparison_goes_on(tmp_path):

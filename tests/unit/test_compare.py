@@ -13,11 +13,12 @@ from tiny import tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage, workspace
 from llm4msr.comparison.plan import choose, extractions, mean_valid_auc
-from llm4msr.comparison.results import COLUMNS, scenario_summaries, slice_summaries, tidy_rows
-from llm4msr.comparison.statistics import paired_gain, summarise
+from llm4msr.comparison.results import COLUMNS, control_summaries, scenario_summaries, slice_summaries, tidy_rows
+from llm4msr.comparison.statistics import compare_pairs, paired_gain, summarise
 from llm4msr.config import CONTROLS
 from llm4msr.data.prepared import ITEMS_FILE, USERS_FILE
 from llm4msr.evaluation import (
+    EVALUATION_VERSION,
     _read_split,
     _training_rows,
     activity_slices,
@@ -92,6 +93,22 @@ def test_summaries_compare_within_the_backbone():
     assert (undefined["auc"], undefined["gain"]) == (None, None)
 
 
+def test_controls_are_compared_by_seed_within_the_backbone():
+    """Differences to shuffled 0.1, 0.3: mean 0.2, t = 0.2 / (sqrt(0.02) / sqrt(2)) = 2; p of 1 degree exactly."""
+    rows = [row("a", "llm", s, auc) for s, auc in ((0, 0.7), (1, 0.8), (2, 0.99))]
+    rows += [row("a", "shuffled", s, auc) for s, auc in ((1, 0.5), (0, 0.6))]
+    rows += [row("b", "llm", 0, 0.9), row("b", "random", 0, 0.65), row("b", "random", 1, 0.1)]
+    pairs = [("a", "llm", "shuffled"), ("a", "llm", "random"), ("b", "llm", "random")]
+    shuffled, absent, other = compare_pairs(rows, pairs)
+    assert [(r["backbone"], r["variant"], r["control"]) for r in (shuffled, absent, other)] == pairs
+    gain = shuffled["gain"]
+    assert (gain["num_seeds"], gain["mean"], gain["std"]) == (2, pytest.approx(0.2), pytest.approx(math.sqrt(0.02)))
+    assert gain["p"] == pytest.approx(1 - 2 / math.pi * math.atan(2))
+    assert gain["rela_impr"] == pytest.approx(0.25 / 0.05 - 1)
+    assert absent["gain"] is None
+    assert (other["gain"]["mean"], other["gain"]["num_seeds"], other["gain"]["p"]) == (pytest.approx(0.25), 1, None)
+
+
 # ---------------------------------------------------------------- slices
 
 
@@ -156,6 +173,15 @@ def test_learning_rate_is_chosen_on_valid_alone():
     found = {1e-3: evaluation(0.5, 0.9), 1e-2: evaluation(0.6, 0.1), 1e-1: evaluation(0.4, 0.95)}
     choice = choose({rate: mean_valid_auc(rows) for rate, rows in found.items()})
     assert (choice.learning_rate, choice.tied) == (1e-2, (1e-2,))
+
+
+def test_the_edge_of_the_learning_rates():
+    assert choose({0.1: 0.6, 0.01: 0.7, 0.3: 0.5}).at_edge  # the lowest, wherever it is listed
+    assert choose({0.1: 0.6, 0.01: 0.4, 0.3: 0.7}).at_edge
+    assert not choose({0.1: 0.8, 0.01: 0.7, 0.3: 0.5}).at_edge
+    assert not choose({0.1: 0.8, 0.01: None, 0.3: None}).at_edge  # what lies beyond was tried
+    assert not choose({0.1: 0.8}).at_edge  # there was no choice
+    assert not choose({0.1: None, 0.2: None}).at_edge
 
 
 def test_ties_and_failures_of_learning_rates():
@@ -257,6 +283,9 @@ def test_runs_that_only_tried_a_learning_rate_do_not_count():
     assert (cold["slice"], warm["slice"], cold["num_seeds"]) == ("cold", "warm", 1)
     assert cold["auc"] == pytest.approx(0.6)
     assert slice_summaries(records, models, "none", ["item"]) == []
+    controls = control_summaries(records, [("star", "llm", "none")])
+    assert [r["scenario"] for r in controls] == ["food", "all"]
+    assert [r["gain"]["mean"] for r in controls] == pytest.approx([0.1, 0.1])
 
 
 # ---------------------------------------------------------------- a run's evaluation
@@ -273,7 +302,8 @@ def test_slices_hold_the_rows_they_name(tmp_path):
     checkpoint = tiny_checkpoint(str(tmp_path / "checkpoint"), prepared, None)
     results, detail = evaluate_in_detail(checkpoint, prepared.uri, cold_max_rows=3)
     assert results == evaluate_checkpoint(checkpoint, prepared.uri)
-    assert (detail["cold_max_rows"], detail["counted"]) == (3, "rows")
+    about = (detail["version"], detail["cold_max_rows"], detail["counted"])
+    assert about == (EVALUATION_VERSION, 3, "rows")
     found = {(r["split"], r["scenario"], r["kind"], r["slice"]): r for r in detail["slices"]}
     whole = {(r["split"], r["scenario"]): r["num_rows"] for r in results}
     for kind, names in (("user", ["cold", "warm"]), ("item", ["cold", "warm"]), ("user activity", ["0", "1-3", "4+"])):

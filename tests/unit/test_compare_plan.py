@@ -7,8 +7,10 @@ from tiny import tiny_config
 
 from llm4msr import storage, workspace
 from llm4msr.comparison.plan import extractions, model_configs, plan_comparison
+from llm4msr.comparison.results import control_pairs
 from llm4msr.config import ConfigError
 from llm4msr.knowledge.place import knowledge_pointer_uri
+from llm4msr.settings import with_values
 from llm4msr.training.run import plan_runs
 
 
@@ -81,6 +83,41 @@ def test_place_follows_from_what_the_result_depends_on(tmp_path):
     assert len(found | {place}) == 7
 
 
+def test_other_evaluations_have_another_place(tmp_path, monkeypatch):
+    place = plan_comparison(make(tmp_path)).uri
+    monkeypatch.setattr("llm4msr.comparison.plan.EVALUATION_VERSION", 99)
+    assert plan_comparison(make(tmp_path)).uri != place
+
+
+def test_controls_differ_in_the_kind_of_knowledge_alone(tmp_path):
+    full = {"model.meta.weight_form": "full"}
+    variants = [
+        {"name": "full", "set": full},
+        {"name": "full, shuffled", "knowledge": "shuffled", "set": full},
+        {"name": "user level only", "set": {"model.meta.scenario_level": False}},
+    ]
+    kinds = ["none", "llm", "shuffled", "random"]
+    settings = {"star": {"model.dropout": 0.3}}
+    backbones = ["star", "shared_bottom"]
+    planned = plan_comparison(
+        make(tmp_path, backbones=backbones, knowledge=kinds, variants=variants, backbone_settings=settings)
+    )
+    of_each = [("llm", "shuffled"), ("llm", "random"), ("full", "full, shuffled")]
+    assert control_pairs(planned) == [(backbone, *pair) for backbone in backbones for pair in of_each]
+    assert control_pairs(plan_comparison(make(tmp_path))) == []
+
+
+def test_values_at_dotted_keys_leave_the_tree_as_it_was():
+    tree = {"model": {"dropout": 0.1, "meta": {"rank": 2}}, "name": 1}
+    changed = with_values(tree, {"model.meta.rank": 3, "model.meta.new": 4, "name.x": 5, "train.seed": 6})
+    assert changed == {
+        "model": {"dropout": 0.1, "meta": {"rank": 3, "new": 4}},
+        "name": {"x": 5},
+        "train": {"seed": 6},
+    }
+    assert tree == {"model": {"dropout": 0.1, "meta": {"rank": 2}}, "name": 1}
+
+
 def test_each_extraction_is_listed_once_those_of_most_levels_first(tmp_path):
     items = {"knowledge.levels": ["scenario", "user", "item"]}
     variants = [
@@ -106,6 +143,10 @@ def test_each_extraction_is_listed_once_those_of_most_levels_first(tmp_path):
         ({"knowledge": ["none", "none"]}, "'none' is there twice"),
         ({"knowledge": ["none", "llm"], "variants": [{"name": "llm"}]}, "'llm' is there twice"),
         ({"reference": "llm"}, "reference = 'llm': no such variant; valid: none"),
+        (
+            {"backbones": ["mmoe"], "backbone_settings": {"star": {"model.dropout": 0.3}}},
+            "backbone_settings has 'star', which is not compared: backbones = ['mmoe']",
+        ),
         ({"variants": [{"name": "x", "sett": {}}]}, "Did you mean compare.variants.0.set?"),
         ({"variants": [{"name": "x", "knowledge": "lm"}]}, "compare.variants.0.knowledge"),
     ],

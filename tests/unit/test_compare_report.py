@@ -14,7 +14,7 @@ from PIL import Image
 from llm4msr.comparison import tables
 from llm4msr.comparison.html import POLICY, write_html
 from llm4msr.comparison.plots import draw_plots
-from llm4msr.comparison.results import scenario_summaries, slice_summaries
+from llm4msr.comparison.results import control_summaries, scenario_summaries, slice_summaries
 
 NAMES = [("star", "none"), ("star", "llm"), ("m&m", "none"), ("m&m", "<b>$x_1$|y</b>")]
 
@@ -102,15 +102,45 @@ def test_cold_and_warm_apart(world):
 def test_learning_rates_show_choice_and_failure():
     tuning = [{"learning_rate": 0.1, "valid_auc": 0.61234}, {"learning_rate": 0.2, "valid_auc": None}]
     model = {"backbone": "star", "variant": "llm", "learning_rate": 0.1, "tuning": tuning, "num_parameters": 1234}
-    grid = tables.tuning_grid([model])
+    grid = tables.tuning_grid([model | {"at_edge": False}, model | {"at_edge": True}])
     assert grid.headings == ("backbone", "variant", "0.1", "0.2", "parameters")
-    assert grid.rows == (("star", "llm", "0.6123 *", "failed", "1,234"),)
+    assert grid.rows == (
+        ("star", "llm", "0.6123 *", "failed", "1,234"),
+        ("star", "llm", "0.6123 * edge", "failed", "1,234"),
+    )
+
+
+def test_gains_over_controls_have_a_row_per_scenario(world):
+    pairs = [("star", "llm", "none"), ("star", "llm", "shuffled")]
+    grid = tables.control_grid(control_summaries(world["records"], pairs))
+    assert [row[:4] for row in grid.rows] == [(s, *pair) for s in ("food", "home", "all") for pair in pairs]
+    assert all(len(row) == len(grid.headings) for row in grid.rows)
+    aucs = [[r["evaluation"][4]["auc"] for r in world["records"][i : i + 3]] for i in (0, 3)]
+    differences = np.subtract(*aucs[::-1])
+    assert grid.rows[0][4] == f"{differences.mean():+.4f} ± {differences.std(ddof=1):.4f}"
+    assert grid.rows[0][6].endswith(" (3)") and grid.rows[1][4:] == ("–", "–", "–")
+
+
+def test_what_weakens_the_figures_is_said():
+    summary = {
+        "models": [{}] * 5,
+        "num_learning_rates_at_edge": 0,
+        "trained_otherwise": [],
+        "config": {"compare": {"cpus_per_run": 1}},
+    }
+    assert tables.cautions(summary) == []
+    (edge,) = tables.cautions(summary | {"num_learning_rates_at_edge": 2})
+    assert edge.startswith("The chosen learning rate of 2 of 5 models is at the edge of those tried")
+    runs = [{"run": "a", "world_size": 2, "num_threads": 3}, {"run": "b", "world_size": 1, "num_threads": None}]
+    (otherwise,) = tables.cautions(summary | {"trained_otherwise": [*runs, runs[1]]})
+    assert "(workers: 1, threads: 1): 1 with workers: 2, threads: 3; 2 with workers: 1, threads not known." in otherwise
 
 
 def test_one_seed_is_told_to_be_too_few():
-    assert any("at least two" in line for line in tables.how_to_read("none", [0], 3, "rows"))
-    several = tables.how_to_read("none", [0, 1], 3, "positives")
+    assert any("at least two" in line for line in tables.how_to_read("none", [0], 3, "rows", True))
+    several = tables.how_to_read("none", [0, 1], 3, "positives", False)
     assert not any("at least two" in line for line in several)
+    assert any("No model has a control" in line for line in several)
     assert any("at most 3 training positives; drawn negatives do not count" in line for line in several)
 
 
@@ -132,7 +162,8 @@ def plots(world):
 
 def test_plots_are_images_of_sane_size(plots):
     assert sorted(plots) == [
-        *("auc_by_scenario.png", "calibration.png", "gain_by_user_activity.png", "gain_cold.png", "training_curves.png")
+        *("auc_by_scenario.png", "auc_by_user_activity.png", "calibration.png"),
+        *("gain_by_user_activity.png", "gain_cold.png", "training_curves.png"),
     ]
     for name, image in plots.items():
         with Image.open(io.BytesIO(image)) as opened:
@@ -143,7 +174,7 @@ def test_plots_are_images_of_sane_size(plots):
             shades = {colour for _, colour in colours}
             assert {(0, 114, 178), (230, 159, 0)} & shades, name  # two of the variants
             assert max(count for count, _ in colours) > 0.5 * opened.width * opened.height  # the white around them
-    assert len(set(plots.values())) == 5
+    assert len(set(plots.values())) == 6
 
 
 def test_plots_follow_the_figures(world, plots):
@@ -151,6 +182,10 @@ def test_plots_follow_the_figures(world, plots):
     after = draw_plots(**(world | {"scenarios": better}))
     assert plots["auc_by_scenario.png"] != after["auc_by_scenario.png"]
     assert plots["calibration.png"] == after["calibration.png"]
+    better = [row | {"auc": row["auc"] + 0.1} if row["variant"] == "llm" else row for row in world["activity"]]
+    after = draw_plots(**(world | {"activity": better}))
+    assert plots["auc_by_user_activity.png"] != after["auc_by_user_activity.png"]
+    assert plots["gain_by_user_activity.png"] == after["gain_by_user_activity.png"]  # of the gains, which are the same
 
 
 def test_plots_of_many_models_stay_readable():
@@ -172,7 +207,7 @@ def test_plots_of_many_models_stay_readable():
 
 def test_a_variant_without_runs_leaves_a_gap(world):
     records = [r for r in world["records"] if r["variant"] != "llm"]
-    assert len(draw_plots(**(world | {"records": records}))) == 5
+    assert len(draw_plots(**(world | {"records": records}))) == 6
 
 
 # ---------------------------------------------------------------- HTML

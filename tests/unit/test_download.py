@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,6 +53,7 @@ def test_download_verifies_unpacks_and_is_done_once(server, tmp_path):
             "num_bytes": len(data),
             "md5": md5,
             "sha256": hashlib.sha256(data).hexdigest(),
+            "compared_with": f"{server.url}/t.zip.md5",
             "verified_by": f"{server.url}/t.zip.md5",
         }
     ]
@@ -82,7 +85,8 @@ def test_without_a_checksum_nothing_is_called_verified(server, tmp_path, caplog)
     tiny = data_set(server, "t.zip", data, checksum_url=f"{server.url}/none.md5")
     place = engine.download(tiny, str(tmp_path), patience=QUICK)
     (origin,) = json.loads((Path(place) / "manifest.json").read_text())["origins"]
-    assert origin["verified_by"] is None and origin["sha256"] == hashlib.sha256(data).hexdigest()
+    assert origin["verified_by"] is origin["compared_with"] is None
+    assert origin["sha256"] == hashlib.sha256(data).hexdigest()
     assert f"NOT verified, as no checksum is published; its sha256 is {origin['sha256']}" in caplog.text
     assert ": verified" not in caplog.text
     server.faults = [(500, {})] * 9
@@ -90,7 +94,7 @@ def test_without_a_checksum_nothing_is_called_verified(server, tmp_path, caplog)
         engine.download(tiny, str(tmp_path / "again"), patience=QUICK)
 
 
-def test_a_mirror_is_asked_for_everything(server, tmp_path):
+def test_a_mirror_is_asked_for_everything_and_proves_nothing(server, tmp_path, caplog):
     data = zipped({"raw/a": b"1"})
     for path, content in (("/m/t.zip", data), ("/m/t.zip.md5", hashlib.md5(data).hexdigest().encode())):
         server.files[path] = content
@@ -99,7 +103,12 @@ def test_a_mirror_is_asked_for_everything(server, tmp_path):
     place = engine.download(tiny, str(tmp_path), mirror=f"{server.url}/m/", patience=QUICK)
     assert [path for path, _ in server.requests] == ["/m/t.zip.md5", "/m/t.zip"]
     (origin,) = json.loads((Path(place) / "manifest.json").read_text())["origins"]
-    assert origin["verified_by"] == f"{server.url}/m/t.zip.md5"
+    assert (origin["compared_with"], origin["verified_by"]) == (f"{server.url}/m/t.zip.md5", None)
+    assert f"NOT verified, as the mirror alone says so ({server.url}/m/t.zip.md5)" in caplog.text
+    known = DataSet("known", (RemoteFile(file.url, md5=hashlib.md5(data).hexdigest()),), "free", "http://home")
+    place = engine.download(known, str(tmp_path), mirror=f"{server.url}/m/", patience=QUICK)
+    (origin,) = json.loads((Path(place) / "manifest.json").read_text())["origins"]
+    assert origin["verified_by"] == "the catalogue"
 
 
 def test_checksums_as_published():
@@ -152,6 +161,40 @@ def test_the_catalogue():
     assert find_data_set("kuaisar-small").files[0].sha256.startswith("ed8afa12196cbf18")
     with pytest.raises(DataError, match=r"no data set is named 'movielens-10k'; .* Did you mean 'movielens-100k'\?"):
         find_data_set("movielens-10k")
+
+
+def test_recipes_look_where_the_download_lands():
+    for recipe, name in (
+        ("movielens_100k.toml", "movielens-100k"),
+        ("compare_movielens.toml", "movielens-100k"),
+        ("amazon_reviews.toml", "amazon-2018-5core"),
+        ("kuaisar_small.toml", "kuaisar-small"),
+        ("kuaisar.toml", "kuaisar"),
+    ):
+        text = (REPOSITORY / "jobs" / "recipes" / recipe).read_text(encoding="utf-8")
+        place = tomllib.loads(text)["data"]["raw_uri"]
+        assert place == storage.join("data", name, DATA_SETS[name].raw_folder).rstrip("/")
+        assert f"python -m jobs.download {name} --to data" in text
+
+
+def test_make_compare_takes_data_from_beside_the_repository_only_where_they_are(tmp_path):
+    there = tmp_path / "shared" / "data" / "amazon-food-kitchen"
+    clone = tmp_path / "clone"
+    (clone / ".venv").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", ".venv/.installed"):
+        (clone / name).touch()
+    shutil.copy(REPOSITORY / "Makefile", clone)
+
+    def command(*arguments: str) -> str:
+        make = ["make", "--no-print-directory", "-n", "compare", *arguments]
+        return subprocess.run(make, cwd=clone, capture_output=True, text=True, check=True).stdout
+
+    assert "--config" in command() and "raw_uri" not in command()
+    there.mkdir(parents=True)
+    assert '--data.raw_uri "../shared/data/amazon-food-kitchen"' in command()
+    assert "amazon-food-kitchen" in command("RECIPE=jobs/recipes/compare_ablations.toml")
+    assert "raw_uri" not in command("RECIPE=jobs/recipes/compare_movielens.toml")
+    assert '--data.raw_uri "s3://b/d"' in command("DATA=s3://b/d")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

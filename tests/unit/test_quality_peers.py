@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import quality_peers
+from benchmarks import quality_ours, quality_peers
 from benchmarks.harness import REPOSITORY
 from benchmarks.quality_data import export, peer_scale, read_rows
 from benchmarks.quality_peers import PEER_MODELS, SCRIPTS, Bench, Run, compare, our_config, parse, why_not_judged
@@ -20,6 +21,7 @@ from benchmarks.train_peers import ENVIRONMENTS, PEERS
 from benchmarks.train_sides import make_collator
 from llm4msr.settings import config_from_dict
 from llm4msr.training.metrics import auc
+from llm4msr.training.run import TRAIN_VERSION
 from tests.tiny import SEQUENCES, tiny_prepared
 
 MODEL = {"embedding_dim": 8, "hidden_dims": [16], "tower_dims": [4], "unseen_dropout": 0.2, "dropout": 0.01}
@@ -104,6 +106,23 @@ def test_a_run_is_kept_and_found_again(bench, monkeypatch):
     assert bench.finish(run) == first
     with pytest.raises(RuntimeError, match="trained anew"):
         bench.finish(Run("ours", "shared_bottom", 1e-2, 0.0, 2))
+
+
+def test_our_runs_belong_to_one_state_of_the_code(bench, tmp_path, monkeypatch):
+    shutil.copytree(REPOSITORY / "llm4msr", tmp_path / "llm4msr", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(quality_ours, "REPOSITORY", tmp_path)
+    assert quality_ours.code_version() == bench.code == bench.spec(Run("ours", "star", 1e-2, 0.0, 1))["code"]
+    assert "code" not in bench.spec(Run("fuxictr", "mlp", 1e-2, 0.0, 1))
+    seen = [bench.code]
+    for name in ("training/trainer.py", "models/backbones/star.py", "batch.py"):
+        with (tmp_path / "llm4msr" / name).open("a") as file:
+            file.write("# another\n")
+        seen.append(quality_ours.code_version())
+    monkeypatch.setattr(quality_ours, "TRAIN_VERSION", TRAIN_VERSION + 1)
+    seen.append(quality_ours.code_version())
+    assert len({str(version) for version in seen}) == 5
+    (tmp_path / "llm4msr" / "ranker.py").write_text("")
+    assert quality_ours.code_version() == seen[-1]
 
 
 def test_a_process_that_fails_says_why_and_leaves_nothing(bench):
