@@ -145,7 +145,7 @@ class ModelReply(Closed):
     backbone: str
     """Name of the backbone."""
     knowledge: str
-    """none: the backbone alone; llm: with knowledge; shuffled, random: with knowledge of others, with noise (controls)."""
+    """none: the backbone alone; llm: with knowledge; shuffled (knowledge of others), random (noise): controls."""
     scenarios: list[ScenarioReply]
     """In the order of their index."""
     features: list[FeatureReply]
