@@ -151,4 +151,4 @@ class TestPrepare:
         prepared = run(tmp_path, random_rows(), history=[], **TIMES)
         assert not storage.list_files(storage.join(prepared.uri, "history"))
         names = storage.parquet_metadata(prepared.files("train")[0][0]).schema.names
-        assert names == ["row_id", "user_row", "item_row", "scenario", "label", "timestamp_ms", "position"]
+        assert names == ["row_id", "user_row", "item_row", "scenario", "label", "timestamp_ms", "position", "moment"]

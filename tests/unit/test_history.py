@@ -275,3 +275,12 @@ class TestSchema:
         assert names[6:] == ["position", "moment", "history:all", "history:1", "search_source", "price", "words"]
         assert rows_schema(schema).field("words").type == pa.list_(pa.int32(), 2)
         assert rows_schema(tiny_schema()).names == [n for n in names if not n.startswith("history:") and n != "words"]
+
+
+def test_moments_are_numbered_within_each_user():
+    user_row_B = np.array([1, 1, 1, 1, 2, 2, 2, 3])
+    time_B = np.array([5, 5, 7, 9, NO_TIME, NO_TIME, NO_TIME, 4])
+    position_B = np.array([0, 3, 1, 2, 4, 4, 6, 0])
+    assert Moments(user_row_B, time_B, position_B).number().tolist() == [0, 0, 1, 2, 0, 0, 1, 0]
+    nothing = np.zeros(0, np.int64)
+    assert Moments(nothing, nothing, nothing).number().tolist() == []
