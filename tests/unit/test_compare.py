@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
-from tiny import tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared
+from tiny import tiny_checkpoint, tiny_knowledge, tiny_prepared
 
-from llm4msr import storage, workspace
-from llm4msr.comparison.plan import choose, extractions, mean_valid_auc
+from llm4msr import storage
+from llm4msr.comparison.plan import choose, mean_valid_auc
 from llm4msr.comparison.results import COLUMNS, control_summaries, scenario_summaries, slice_summaries, tidy_rows
 from llm4msr.comparison.statistics import compare_pairs, paired_gain, summarise
 from llm4msr.config import CONTROLS
@@ -26,23 +26,8 @@ from llm4msr.evaluation import (
     evaluate_in_detail,
     reliability,
 )
-from llm4msr.knowledge.place import knowledge_pointer_uri
 from llm4msr.ranker import Ranker
 from llm4msr.schema import feature_table_schema
-
-
-def make(root, **compare):
-    """A configuration whose data and knowledge are there."""
-    section = {"backbones": ["star"], "knowledge": ["none", "llm"], "learning_rates": [0.01, 0.1]} | compare
-    config = tiny_config(workspace_uri=str(root), experiment={"seeds": [0, 1]}, compare=section)
-    for pointer_uri, each in ((workspace.prepared_pointer_uri, [config]), (knowledge_pointer_uri, extractions(config))):
-        for one in each:
-            pointer = pointer_uri(one)
-            folder = "-".join(one.knowledge.levels)
-            storage.write_json(pointer, {"directory": folder})
-            storage.write_manifest(storage.join(pointer.rsplit("/", 1)[0], folder), {"kind": "made"})
-    return config
-
 
 # ---------------------------------------------------------------- statistics
 
