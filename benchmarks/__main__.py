@@ -23,6 +23,7 @@ NAMES = (
     "extract_gpu",
     "train_throughput",
     "train_meta",
+    "train_backbones",
     "train_vocabulary",
     "train_growth",
     "train_workers",

@@ -7,6 +7,8 @@
 
 A process prints one line of JSON; memory is that of the process that trains, its high-water mark as the kernel keeps
 it (VmHWM).
+
+Axes: B rows, U distinct users of a batch + 1, K knowledge width.
 """
 
 from __future__ import annotations
@@ -134,45 +136,65 @@ def floor_here(side: Side) -> dict[str, Any]:
         rows_per_s: of each epoch; num_rows; subjects: mean distinct vectors of users in a batch.
     """
     import torch
-    from torch import nn
 
     from llm4msr.data.prepared import PreparedData
     from llm4msr.knowledge.table import KnowledgeTable
-    from llm4msr.models.llm4msr import build_model, set_knowledge
-    from llm4msr.training.sparse import embedding_parameters
-    from llm4msr.training.trainer import SPARSE_OPTIMIZERS
 
     torch.set_num_threads(side.threads)
-    torch.manual_seed(0)
     config, prepared = config_of(side), PreparedData.open(side.prepared_uri)
-    train = config.train
-    assert train.precision == "float32" and train.accumulate_steps == 1, train
     knowledge = KnowledgeTable.load(side.knowledge_uri) if side.knowledge_uri else None
     batches = list(collated_batches(config, prepared, knowledge))
-    model = build_model(prepared.schema, config.model, knowledge.width if knowledge else None, False)
-    if knowledge:
-        set_knowledge(model, knowledge)
-    tables = embedding_parameters(model)
-    dense = [p for name, p in model.named_parameters() if name not in tables]
-    optimizers = [
-        torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True),
-        SPARSE_OPTIMIZERS[train.embedding_optimizer](tables.values(), lr=train.learning_rate),
-    ]
-    model.train()
-    num_rows, rates = sum(map(len, batches)), []
-    for _ in range(train.max_epochs):
-        started = time.perf_counter()
-        for batch in batches:
-            logit_B, _ = model(batch)
-            loss = nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        rates.append(num_rows / (time.perf_counter() - started))
+    loop = BareLoop(config, prepared.schema, knowledge)
+    num_rows = sum(map(len, batches))
+    rates = [num_rows / loop.seconds(batches) for _ in range(config.train.max_epochs)]
     subjects = sum(len(b.knowledge_UK) - 1 for b in batches) / len(batches) if knowledge else 0
     return {"rows_per_s": rates, "num_rows": num_rows, "subjects": subjects}
+
+
+class BareLoop:
+    """The model and the optimizers of a run, stepped over batches that are ready, in this process.
+
+    Args:
+        config: Of the run: in float32, a batch in one part.
+        schema: Features and scenarios.
+        knowledge: What the batches were collated with; None makes the backbone alone.
+    """
+
+    def __init__(self, config: Config, schema: Any, knowledge: Any) -> None:
+        import torch
+
+        from llm4msr.models.llm4msr import build_model, set_knowledge
+        from llm4msr.training.sparse import embedding_parameters
+        from llm4msr.training.trainer import SPARSE_OPTIMIZERS
+
+        train = config.train
+        assert train.precision == "float32" and train.accumulate_steps == 1, train
+        torch.manual_seed(0)
+        self.model = build_model(schema, config.model, knowledge.width if knowledge else None, False)
+        if knowledge:
+            set_knowledge(self.model, knowledge)
+        tables = embedding_parameters(self.model)
+        dense = [p for name, p in self.model.named_parameters() if name not in tables]
+        self._optimizers = [
+            torch.optim.AdamW(dense, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True),
+            SPARSE_OPTIMIZERS[train.embedding_optimizer](tables.values(), lr=train.learning_rate),
+        ]
+        self.model.train()
+
+    def seconds(self, batches: Sequence[Any]) -> float:
+        """Takes a step over each batch: forward pass, loss, backward pass, optimizers; returns the seconds of all."""
+        from torch import nn
+
+        started = time.perf_counter()
+        for batch in batches:
+            logit_B, _ = self.model(batch)
+            loss = nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B)
+            for optimizer in self._optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in self._optimizers:
+                optimizer.step()
+        return time.perf_counter() - started
 
 
 def make_collator(prepared: Any, knowledge: Any) -> Any:

@@ -1,8 +1,9 @@
 """Loads the configuration: a recipe in TOML, the environment and flags, every key checked wherever it was written.
 
 Later sources win: recipe file (TOML) < environment (``LLM4MSR_TRAIN__LEARNING_RATE=0.01``) < flags
-(``--train.learning_rate 0.01``). A key that does not exist is refused, and the message names the nearest one that
-does. Lists and tables are JSON on the command line and in the environment.
+(``--train.learning_rate 0.01``). A recipe that says ``extends = "other.toml"``, a file beside it, is that recipe with
+its own keys instead; lists are replaced whole. A key that does not exist is refused, and the message names the nearest
+one that does. Lists and tables are JSON on the command line and in the environment.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from llm4msr.config import ENV_PREFIX, Config, ConfigError
 
 # Variables that share the prefix without being configuration (the test suite's shared data folder).
 RESERVED_ENV = frozenset({"LLM4MSR_SHARED"})
+# In a recipe: the one it is made from.
+EXTENDS = "extends"
 
 
 def load_config(argv: Sequence[str] = (), prog: str = "llm4msr", environ: Mapping[str, str] | None = None) -> Config:
@@ -45,7 +48,7 @@ def load_config(argv: Sequence[str] = (), prog: str = "llm4msr", environ: Mappin
     for token in flags:
         if token.startswith("--") and (name := token[2:].split("=", 1)[0]) not in known and name != "help":
             raise ConfigError(_unknown(name, known, "on the command line"))
-    tree = _read_toml(path, known) if path else {}
+    tree = _read_toml(Path(path), known) if path else {}
     env_tree = _read_environment(environ, known)
 
     class Loader(Config):
@@ -139,14 +142,33 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _read_toml(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
+def _read_toml(path: Path, known: Mapping[str, Any], extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    where = f"--config {path}"
+    if extending:
+        where = f"{extending[-1]}: {EXTENDS} = {os.path.relpath(path, extending[-1].parent)!r}"
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: no such file") from error
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{where}: no such file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not TOML: {error}") from error
+        raise ConfigError(f"{where}: not TOML: {error}") from error
+    extended = tree.pop(EXTENDS, None)
     _check_keys(tree, known, f"in {path}", "")
+    if extended is None:
+        return tree
+    if not isinstance(extended, str):
+        raise ConfigError(f"{path}: {EXTENDS}: one file beside this one is needed (found {extended!r})")
+    place, chain = path.parent / extended, (*extending, path)
+    if place.resolve() in [step.resolve() for step in chain]:
+        raise ConfigError(f"{path}: {EXTENDS} = {extended!r}: a recipe cannot extend itself")
+    return _merged(_read_toml(place, known, chain), tree)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    tree = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+        tree[key] = _merged(tree[key], value) if both else value
     return tree
 
 
