@@ -180,7 +180,11 @@ class Bench:
 
 def our_config(config: Config, run: Run) -> dict[str, Any]:
     """Returns the configuration of one of our runs as a tree: model and train alone."""
-    model = config.model.model_dump(mode="json") | {"backbone": run.model.removesuffix(UNSEEN)}
+    # Without knowledge there is nothing to match, and a recipe's other sections are not ours.
+    model = config.model.model_dump(mode="json") | {
+        "backbone": run.model.removesuffix(UNSEEN),
+        "knowledge_match": False,
+    }
     if not run.model.endswith(UNSEEN):
         model["unseen_dropout"] = 0.0
     train = config.train.model_dump(mode="json") | {

@@ -91,6 +91,13 @@ def test_our_runs_have_no_more_than_the_peers(bench):
         assert peer[name] == getattr(config.model, name)
 
 
+@pytest.mark.parametrize("name", ["amazon_food_kitchen", "compare_food_kitchen", "compare_movielens"])
+def test_recipes_whose_models_read_knowledge_are_compared_without_it(name):
+    _, config = parse(["--recipe", str(REPOSITORY / "jobs" / "recipes" / f"{name}.toml")])
+    model = config_from_dict(our_config(config, Run("ours", "mmoe", 3e-3, 0.1, 0))).model
+    assert (config.model.knowledge_match, model.knowledge_match, model.backbone) == (True, False, "mmoe")
+
+
 def test_a_run_is_kept_and_found_again(bench, monkeypatch):
     run = Run("ours", "shared_bottom", 1e-2, 0.0, 1)
     first = bench.finish(run)
