@@ -2,11 +2,11 @@
 
     python -m benchmarks.quality_peers --recipe jobs/recipes/amazon_food_kitchen.toml
 
-All sides read the same split of one prepared directory, encoded by the project's own collator, and get the same widths,
-dropout, batch size, most epochs, patience and rule to stop by (mean of the scenarios' AUC on valid), and as many tries:
-each pair of a learning rate and a penalty on embeddings once, with the first seed. The pair that is best on valid then
-runs with all seeds. Whatever a side computes of itself, the AUC here is the project's exact one, of the scores that the
-side writes to a file.
+All sides read the same split of one prepared directory, encoded by the project's own collator, and get the same
+widths, dropout, batch size, most epochs, patience and rule to stop by (mean of the scenarios' AUC on valid), and as
+many tries: each pair of a learning rate and a penalty on embeddings once, with the first seed. The pair that is best
+on valid then runs with all seeds; with ``--finalists N`` only that of the N best models of a side does. Whatever a
+side computes of itself, the AUC here is the project's exact one, of the scores that the side writes to a file.
 
 * Penalty: ours weighs the squared norm of the rows that a training row looks up, the peers' that of all tables in
   each step. A table's row that a share p of the training rows looks up is held back alike where theirs = p x ours. So
@@ -218,9 +218,16 @@ def run_process(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def compare(
-    bench: Bench, labels: Sequence[str], rates: Sequence[float], penalties: Sequence[float], seeds: Sequence[int]
+    bench: Bench,
+    labels: Sequence[str],
+    rates: Sequence[float],
+    penalties: Sequence[float],
+    seeds: Sequence[int],
+    num_finalists: int | None = None,
 ) -> tuple[dict[str, list[Finished]], dict[str, str]]:
     """Chooses each model's learning rate and penalty on valid with the first seed, then runs it with all seeds.
+
+    With `num_finalists` only so many models of each side, those that were best on valid, run with the other seeds.
 
     Returns:
         The finished runs of each model at its choice, by label; what failed and why, by run. A model of which nothing
@@ -246,10 +253,26 @@ def compare(
         tries = [f for rate in rates for p in penalties for f in attempt(Run(side, model, rate, p, seeds[0]))]
         if not tries:
             continue
-        best = max(tries, key=lambda finished: finished.valid["mean"])
-        more = [f for s in seeds[1:] for f in attempt(Run(side, model, best.learning_rate, best.penalty, s))]
-        chosen[label] = [best, *more]
+        chosen[label] = [max(tries, key=on_valid)]
+    for label in finalists(chosen, num_finalists):
+        side, _, model = label.partition(":")
+        (best,) = chosen[label]
+        chosen[label] += [f for s in seeds[1:] for f in attempt(Run(side, model, best.learning_rate, best.penalty, s))]
     return chosen, failures
+
+
+def on_valid(finished: Finished) -> float:
+    """Returns what a run is judged by: mean of the scenarios' AUC on valid."""
+    return finished.valid["mean"]
+
+
+def finalists(chosen: Mapping[str, Sequence[Finished]], number: int | None) -> list[str]:
+    """Returns the best models of ours, of ours with `UNSEEN` and of each peer; None returns all."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for label in chosen:
+        groups.setdefault((label.partition(":")[0], label.endswith(UNSEEN)), []).append(label)
+    found = [sorted(group, key=lambda label: -on_valid(chosen[label][0]))[:number] for group in groups.values()]
+    return [label for group in found for label in group]
 
 
 def all_labels(unseen: bool) -> list[str]:
@@ -275,6 +298,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     options.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES)
     options.add_argument("--penalties", nargs="+", type=float, default=PENALTIES, help="values of train.embedding_l2")
     options.add_argument("--seeds", type=int, default=NUM_SEEDS, metavar="N", help="how many")
+    options.add_argument(
+        "--finalists", type=int, metavar="N", help="only the N best models of a side, on valid, run with all seeds"
+    )
     options.add_argument("--quick", action="store_true", help="three models, one try, one epoch; judges nothing")
     chosen, flags = options.parse_known_args(argv)
     chosen.name = chosen.name or Path(chosen.recipe).stem
@@ -316,6 +342,7 @@ def described(bench: Bench, options: argparse.Namespace) -> Mapping[str, Any]:
         "penalties": {OURS: list(options.penalties), "peers": [p * bench.peer_scale for p in options.penalties]},
         "tries": f"{len(options.learning_rates) * len(options.penalties)} of each model, with seed 0",
         "seeds": options.seeds,
+        "finalists": options.finalists,
         "code": bench.code,
         "peers": {name: peer.requirement for name, peer in PEERS.items()},
     }
@@ -335,7 +362,12 @@ def main() -> int:
     options, config = parse()
     bench = Bench(config, options.prepared or workspace.prepared_uri(config), options.work.resolve())
     chosen, failures = compare(
-        bench, options.models, options.learning_rates, options.penalties, list(range(options.seeds))
+        bench,
+        options.models,
+        options.learning_rates,
+        options.penalties,
+        list(range(options.seeds)),
+        options.finalists,
     )
     reason = "quick form" if options.quick else why_not_judged(chosen, options.seeds)
     result = judge(options.name, described(bench, options), chosen, failures, reason)

@@ -54,8 +54,14 @@ def on_test(runs: Iterable[Finished], part: str) -> list[float]:
 
 
 def best_on_valid(chosen: Mapping[str, list[Finished]], labels: Iterable[str]) -> str | None:
-    """Returns the model with the highest mean over its seeds of the mean scenario AUC on valid; None of none."""
-    means = {label: statistics.mean(run.valid["mean"] for run in chosen[label]) for label in labels if label in chosen}
+    """Returns the model with the highest mean over its seeds of the mean scenario AUC on valid; None of none.
+
+    Only those with the most seeds count: one lucky seed is no better than a mean of several.
+    """
+    there = [label for label in labels if label in chosen]
+    most = max((len(chosen[label]) for label in there), default=0)
+    full = [label for label in there if len(chosen[label]) == most]
+    means = {label: statistics.mean(run.valid["mean"] for run in chosen[label]) for label in full}
     return max(means, key=means.__getitem__) if means else None
 
 

@@ -24,9 +24,11 @@ from benchmarks.harness import Result, interleave, paired_ratio, parser, rates, 
 from benchmarks.train_meta import BATCH_SIZE
 from benchmarks.train_sides import BareLoop, Side, collated_batches, config_of
 from benchmarks.train_world import World, write_world
+from llm4msr.config import Config
 from llm4msr.config.model import Backbone
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
+from llm4msr.schema import FeatureSchema
 
 NAME = "train_backbones"
 BACKBONES: tuple[str, ...] = get_args(Backbone)
@@ -58,9 +60,7 @@ def run(
             for knows, knowledge in tables.items()
         }
         sides = {}
-        for backbone, (knows, knowledge) in itertools.product(backbones, tables.items()):
-            model = config.model.model_copy(update={"backbone": backbone})
-            loop = BareLoop(config.model_copy(update={"model": model}), prepared.schema, knowledge)
+        for (backbone, knows), loop in make_loops(config, prepared.schema, backbones, tables[True]).items():
             loop.seconds(batches[knows][:1])  # the first step makes the optimizers' state
             sides[side_name(backbone, knows)] = functools.partial(loop.seconds, batches[knows])
     seconds = interleave(sides, rounds, warm_up=False)
@@ -88,13 +88,25 @@ def run(
     return Result(written, seconds, medians, ratios, (), not_judged)
 
 
+def make_loops(
+    config: Config, schema: FeatureSchema, backbones: Sequence[str], table: KnowledgeTable
+) -> dict[tuple[str, bool], BareLoop]:
+    """Returns the loop of each backbone alone (False) and with LLM4MSR (True), all else as configured."""
+    loops = {}
+    for backbone, knows in itertools.product(backbones, (False, True)):
+        model = config.model.model_copy(update={"backbone": backbone})
+        chosen = config.model_copy(update={"model": model})
+        loops[backbone, knows] = BareLoop(chosen, schema, table if knows else None)
+    return loops
+
+
 def side_name(backbone: str, knows: bool) -> str:
     """Returns the name of a side in the result."""
     return f"LLM4MSR({backbone})" if knows else backbone
 
 
 def backbone_table(result: Result) -> Table:
-    """Returns the rates of a run, one line a backbone, and its two ratios: to the baseline, and with LLM4MSR to alone."""
+    """Returns the rates of a run, one line a backbone, and their ratios: to the baseline, and with LLM4MSR to alone."""
     table = Table("backbone", "rows/s alone", f"/ {BASELINE}", "rows/s with LLM4MSR", "LLM4MSR / alone")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -115,12 +127,12 @@ def main() -> int:
     options = parser(NAME, __doc__.splitlines()[0])
     options.add_argument("--num_rows", type=int, help="of train; default 500,000, short 60,000")
     options.add_argument("--num_steps", type=int, help="of a round; default 10, short 2")
-    options.add_argument("--rounds", type=int, help="of each side; default 5, short 1")
+    options.add_argument("--rounds", type=int, help="of each side; default 7, short 1")
     options.add_argument("--threads", type=int, default=1, help="of torch")
     chosen = options.parse_args()
     world = World(num_rows=chosen.num_rows or (60_000 if chosen.short else 500_000), num_users=5_000)
     num_steps = chosen.num_steps or (2 if chosen.short else 10)
-    rounds = chosen.rounds or (1 if chosen.short else 5)
+    rounds = chosen.rounds or (1 if chosen.short else 7)
     result = run(world, BACKBONES, num_steps, rounds, chosen.threads, "short form" if chosen.short else None)
     report(result, chosen.json)
     wide_console().print(backbone_table(result))

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -193,6 +194,17 @@ def test_the_best_pair_on_valid_runs_with_all_seeds():
     assert len(told.runs) == 2 * (6 + 2) and [r.seed for r in told.runs[:6]] == [0] * 6
     assert len(failures) == 4 and failures["ours:star, 9, 1, seed 0"] == "diverged"
     assert compare(told, ["ours:star"], (9,), (0.0,), (0,))[0] == {}
+
+
+def test_only_the_finalists_of_each_side_run_with_all_seeds():
+    valid = {"ours:star": 0.7, "ours:mmoe": 0.8, "ours:star+unseen": 0.6, "fuxictr:mlp": 0.5, "fuxictr:deepfm": 0.4}
+    told = SimpleNamespace(finish=lambda run: finished(run.label, run.seed, valid[run.label] - run.seed / 10, 0.5))
+    chosen, failures = compare(told, list(valid), (0.1,), (0.0,), (0, 1, 2), num_finalists=1)
+    seeds = {label: len(runs) for label, runs in chosen.items()}
+    assert seeds == {"ours:star": 1, "ours:mmoe": 3, "ours:star+unseen": 3, "fuxictr:mlp": 3, "fuxictr:deepfm": 1}
+    # Its mean is 0.7, and the one seed of star is no contest of it.
+    assert best_on_valid(chosen, ["ours:star", "ours:mmoe"]) == "ours:mmoe" and not failures
+    assert parse(["--recipe", RECIPE, "--finalists", "2"])[0].finalists == 2
 
 
 def test_best_is_chosen_on_valid_and_judged_on_test(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import train_gpu, train_meta, train_vocabulary
+from benchmarks import train_backbones, train_gpu, train_meta, train_vocabulary
 from benchmarks.harness import REPOSITORY
 from benchmarks.train_peers import PEERS, Peer, make_environment, write_tables
 from benchmarks.train_sides import Side, collated_batches, config_of, high_water_bytes, make_collator, run_side
@@ -22,6 +22,7 @@ from benchmarks.train_world import World, joined_table, write_world, zipf_indice
 from llm4msr import storage
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
+from llm4msr.models.backbones import BACKBONES
 from llm4msr.schema import rows_schema
 
 WORLD = World(num_rows=6000, num_users=50, num_items=300, num_valid_rows=1000, knowledge_width=8)
@@ -154,6 +155,47 @@ def test_rows_of_one_user_together_mean_fewer_users_in_a_batch(uris):
     prepared = PreparedData.open(uris[0])
     batches = list(collated_batches(config_of(many), prepared, None))
     assert sum(map(len, batches)) == 6000 and len(batches[0]) == 64
+
+
+def test_backbones_smoke_run():
+    threads = torch.get_num_threads()
+    world = World(num_rows=9000, num_users=50, num_items=300, num_valid_rows=100, knowledge_width=8)
+    result = train_backbones.run(world, ("shared_bottom", "hamur"), 2, rounds=2, threads=1, not_judged="short form")
+    torch.set_num_threads(threads)
+    sides = ["shared_bottom", "LLM4MSR(shared_bottom)", "hamur", "LLM4MSR(hamur)"]
+    assert list(result.seconds) == sides and all(len(s) == 2 and min(s) > 0 for s in result.seconds.values())
+    for side in sides:
+        rates = [8192 / s for s in result.seconds[side]]  # two batches of 4,096 rows
+        assert result.medians[f"{side}: rows/s"] == pytest.approx(np.median(rates))
+    pairs = {"shared_bottom / shared_bottom": (0, 0), "LLM4MSR(shared_bottom) / shared_bottom": (1, 0)}
+    pairs |= {"hamur / shared_bottom": (2, 0), "LLM4MSR(hamur) / hamur": (3, 2)}
+    wanted = {
+        name: np.median(np.divide(result.seconds[sides[below]], result.seconds[sides[above]]))
+        for name, (above, below) in pairs.items()
+    }
+    assert result.ratios == pytest.approx(wanted)
+    assert 40 < result.medians["distinct users in a batch"] <= 50
+    written = result.to_json()
+    assert written["goals"] == [] and written["met"] is None and "backbone" not in written["config"]["model"]
+    table = train_backbones.backbone_table(result)
+    assert list(table.columns[0].cells) == ["shared_bottom", "hamur"]
+    assert [float(cell) for cell in table.columns[4].cells] == pytest.approx(
+        [wanted["LLM4MSR(shared_bottom) / shared_bottom"], wanted["LLM4MSR(hamur) / hamur"]], abs=0.006
+    )
+
+
+def test_each_backbone_is_stepped_alone_and_with_llm4msr(uris):
+    prepared, knowledge = PreparedData.open(uris[0]), KnowledgeTable.load(uris[1])
+    config = config_of(Side("floor", *uris, SMALL | {"train": TRAIN}, 1))
+    loops = train_backbones.make_loops(config, prepared.schema, train_backbones.BACKBONES, knowledge)
+    assert list(loops) == [(backbone, knows) for backbone in BACKBONES for knows in (False, True)]
+    for (backbone, knows), loop in loops.items():
+        assert type(loop.model.backbone) is BACKBONES[backbone]
+        assert (loop.model.user_meta is not None) == (loop.model.scenario_meta is not None) == knows
+    loop = loops["star", True]
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    assert loop.seconds(list(collated_batches(config, prepared, knowledge))) > 0
+    assert all((p != before[name]).any() for name, p in loop.model.named_parameters())
 
 
 def test_vocabulary_smoke_run():
