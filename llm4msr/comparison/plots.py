@@ -52,7 +52,8 @@ def draw_plots(
     of_user = f"training {counted} of the user"
     with matplotlib.rc_context({"text.parse_math": False}):  # names are shown as they are
         return {
-            "auc_by_scenario.png": _auc_by_scenario(scenarios, backbones, styles),
+            "auc_by_scenario.png": _by_scenario(scenarios, backbones, styles, None),
+            "gain_by_scenario.png": _by_scenario(scenarios, backbones, styles, reference),
             "calibration.png": _calibration(records, backbones, styles),
             "training_curves.png": _curves(records, backbones, styles),
             "auc_by_user_activity.png": _by_slice(activity, backbones, styles, None, of_user),
@@ -68,32 +69,46 @@ def _styles(variants: Any) -> dict[str, dict[str, str]]:
     }
 
 
-def _auc_by_scenario(rows: Summaries, backbones: list[str], styles: Mapping[str, Mapping[str, str]]) -> bytes:
-    """One panel per scenario; a line of dots per backbone, one dot per variant, bars of one deviation."""
+def _by_scenario(
+    rows: Summaries, backbones: list[str], styles: Mapping[str, Mapping[str, str]], reference: str | None
+) -> bytes:
+    """One panel per scenario; a line of dots per backbone, one dot per variant: AUC, or AUC minus the reference's."""
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    height = 1.8 + len(backbones) * max(0.16 * len(styles), 0.45)
+    shown = {variant: style for variant, style in styles.items() if variant != reference}
+    height = 2.0 + len(backbones) * max(0.16 * len(shown), 0.45)
     figure, axes = _figure(1, len(scenarios), 3.9, height, sharey=True)
     for axis, scenario in zip(axes, scenarios, strict=True):
-        for place, (variant, style) in enumerate(styles.items()):
-            shift = 0.7 * ((place + 0.5) / len(styles) - 0.5)
-            found = [r for r in rows if (r["scenario"], r["variant"]) == (scenario, variant) and r["auc"] is not None]
+        for place, (variant, style) in enumerate(shown.items()):
+            shift = 0.7 * ((place + 0.5) / len(shown) - 0.5)
+            found = [r for r in rows if (r["scenario"], r["variant"]) == (scenario, variant)]
+            values = [(row, *value) for row in found if (value := _value(row, reference))]
             axis.errorbar(
-                [row["auc"] for row in found],
-                [backbones.index(row["backbone"]) + shift for row in found],
-                xerr=[row["auc_std"] or 0.0 for row in found],
+                [mean for _, mean, _ in values],
+                [backbones.index(row["backbone"]) + shift for row, _, _ in values],
+                xerr=[std for _, _, std in values],
                 label=variant,
                 linestyle="none",
                 markersize=5,
                 capsize=2.5,
                 **style,
             )
+        if reference is not None:
+            axis.axvline(0, color="#888888", linewidth=1, zorder=0)
         axis.set_title("all scenarios" if scenario == ALL_SCENARIOS else scenario)
-        axis.set_xlabel("AUC on test")
+        axis.set_xlabel("AUC on test" if reference is None else f"AUC gain over {reference}")
         axis.set_yticks(range(len(backbones)), backbones)
         axis.set_ylim(len(backbones) - 0.5, -0.5)
         for edge in range(1, len(backbones)):
             axis.axhline(edge - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
-    return _finish(figure, axes, "AUC by scenario: mean and standard deviation over seeds")
+    what = "AUC" if reference is None else f"AUC gain over “{reference}”"
+    return _finish(figure, axes, f"{what} on test by scenario: mean and standard deviation over seeds")
+
+
+def _value(row: Mapping[str, Any], reference: str | None) -> tuple[float, float] | None:
+    """Returns mean and deviation of a row's AUC, or of its gain over the reference; None where it is not defined."""
+    if reference is None:
+        return None if row["auc"] is None else (row["auc"], row["auc_std"] or 0.0)
+    return (row["gain"]["mean"], row["gain"]["std"] or 0.0) if row["gain"] else None
 
 
 def _calibration(records: Sequence[Record], backbones: list[str], styles: Mapping[str, Mapping[str, str]]) -> bytes:
@@ -161,14 +176,11 @@ def _by_slice(
         for place, (variant, style) in enumerate(shown.items()):
             shift = 0.6 * ((place + 0.5) / len(shown) - 0.5)
             found = [r for r in rows if (r["backbone"], r["variant"]) == (backbone, variant)]
-            if reference is None:
-                values = [(r, r["auc"], r["auc_std"]) for r in found if r["auc"] is not None]
-            else:
-                values = [(r, r["gain"]["mean"], r["gain"]["std"]) for r in found if r["gain"]]
+            values = [(row, *value) for row in found if (value := _value(row, reference))]
             axis.errorbar(
                 [slices.index((row["kind"], row["slice"])) + shift for row, _, _ in values],
                 [mean for _, mean, _ in values],
-                yerr=[std or 0.0 for _, _, std in values],
+                yerr=[std for _, _, std in values],
                 label=variant,
                 linestyle="none",
                 markersize=5,

@@ -38,6 +38,7 @@ REPORTED_PACKAGES = ("ray", "torch", "numpy", "scipy", "matplotlib", "pyarrow")
 ITEM_MEAN = ("item_mean", "baseline")
 PLOTS = {
     "auc_by_scenario.png": "AUC by scenario",
+    "gain_by_scenario.png": "Gain by scenario",
     "auc_by_user_activity.png": "AUC by user activity",
     "gain_by_user_activity.png": "Gain by user activity",
     "gain_cold.png": "Gain for cold and warm users and items",
@@ -113,7 +114,7 @@ def write_report(
         sentences.append(f"The tables by scenario and of the controls hold {summary['num_tests']} tests.")
     sentences += tables.cautions(summary)
     rates = {name: choice.learning_rate for name, choice in zip(names, choices, strict=True)}
-    shown = tables.scenario_grids(summary["scenarios"], rates)
+    shown = [tables.gain_grid(scenarios, section.reference), *tables.scenario_grids(summary["scenarios"], rates)]
     if controls:
         shown.append(tables.control_grid(controls))
     shown += tables.slice_grids(cold)

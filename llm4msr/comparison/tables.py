@@ -9,6 +9,7 @@ from typing import Any
 from llm4msr.schema import ALL_SCENARIOS
 
 NOTHING = "–"
+SIGNIFICANT = 0.05
 SLICE_NAMES = {
     ("user", "cold"): "cold users",
     ("user", "warm"): "warm users",
@@ -79,6 +80,21 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
             "summary.json names them."
         )
     return sentences
+
+
+def gain_grid(summaries: Sequence[Mapping[str, Any]], reference: str) -> Grid:
+    """Returns the gains of all scenarios side by side, from `results.scenario_summaries`."""
+    scenarios = list(dict.fromkeys(row["scenario"] for row in summaries))
+    gains: dict[tuple[str, str], dict[str, str]] = {}
+    for row in summaries:
+        if row["gain"] is not None:
+            significant = row["gain"]["p"] is not None and row["gain"]["p"] < SIGNIFICANT
+            text = gain_cells(row["gain"])[0] + (" *" if significant else "")
+            gains.setdefault((row["backbone"], row["variant"]), {})[row["scenario"]] = text
+    cells = tuple((*model, *(of.get(scenario, NOTHING) for scenario in scenarios)) for model, of in gains.items())
+    headings = ("all scenarios" if name == ALL_SCENARIOS else name for name in scenarios)
+    remark = f"AUC on test minus that of “{reference}” with the same seed; * p < {SIGNIFICANT:g}"
+    return Grid("Gains by scenario", remark, ("backbone", "variant", *headings), cells)
 
 
 def scenario_grids(

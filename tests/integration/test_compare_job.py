@@ -146,8 +146,8 @@ def test_gains_are_those_of_equal_seeds(finished):
 def test_everything_is_written(finished):
     _, report = finished
     names = {os.path.relpath(name, report.uri) for name, _ in storage.list_files(report.uri)}
-    plots = ("auc_by_scenario", "auc_by_user_activity", "calibration", "gain_by_user_activity", "gain_cold")
-    plots += ("training_curves",)
+    plots = ["auc_by_scenario", "auc_by_user_activity", "calibration", "training_curves"]
+    plots += ["gain_by_scenario", "gain_by_user_activity", "gain_cold"]
     files = {"item_mean.json", "manifest.json", "report.html", "results.csv", "summary.json", "table.md"}
     assert names == files | {f"plots/{name}.png" for name in plots}
     for name in plots:

@@ -92,6 +92,22 @@ def test_a_table_per_scenario_all_of_them_last(world):
     assert re.fullmatch(r"(0\.\d{3}|< 0\.001) \(3\)", cells["p (n)"])
 
 
+def test_gains_of_all_scenarios_stand_side_by_side(world):
+    grid = tables.gain_grid(world["scenarios"], "none")
+    assert grid.headings == ("backbone", "variant", "food", "home", "all scenarios")
+    gains = {(r["backbone"], r["variant"], r["scenario"]): r["gain"] for r in world["scenarios"]}
+    assert [row[:2] for row in grid.rows] == [name for name in NAMES if name[1] != "none"]
+    for backbone, variant, *cells in grid.rows:
+        for scenario, cell in zip(("food", "home", "all"), cells, strict=True):
+            gain = gains[backbone, variant, scenario]
+            mark = " *" if gain["p"] < 0.05 else ""
+            assert cell == f"{gain['mean']:+.4f} ± {gain['std']:.4f}{mark}"
+    changed = [{**row, "gain": row["gain"] and {**row["gain"], "p": 0.05}} for row in world["scenarios"]]
+    assert "*" not in str(tables.gain_grid(changed, "none").rows)
+    changed = [{**row, "gain": None if row["scenario"] == "home" else row["gain"]} for row in world["scenarios"]]
+    assert tables.gain_grid(changed, "none").rows[0][3] == "–"
+
+
 def test_cold_and_warm_apart(world):
     grids = tables.slice_grids(world["cold"])
     assert [grid.title for grid in grids] == ["Cold users", "Warm users", "Cold items", "Warm items"]
@@ -163,7 +179,7 @@ def plots(world):
 def test_plots_are_images_of_sane_size(plots):
     assert sorted(plots) == [
         *("auc_by_scenario.png", "auc_by_user_activity.png", "calibration.png"),
-        *("gain_by_user_activity.png", "gain_cold.png", "training_curves.png"),
+        *("gain_by_scenario.png", "gain_by_user_activity.png", "gain_cold.png", "training_curves.png"),
     ]
     for name, image in plots.items():
         with Image.open(io.BytesIO(image)) as opened:
@@ -174,7 +190,7 @@ def test_plots_are_images_of_sane_size(plots):
             shades = {colour for _, colour in colours}
             assert {(0, 114, 178), (230, 159, 0)} & shades, name  # two of the variants
             assert max(count for count, _ in colours) > 0.5 * opened.width * opened.height  # the white around them
-    assert len(set(plots.values())) == 6
+    assert len(set(plots.values())) == 7
 
 
 def test_plots_follow_the_figures(world, plots):
@@ -182,6 +198,7 @@ def test_plots_follow_the_figures(world, plots):
     after = draw_plots(**(world | {"scenarios": better}))
     assert plots["auc_by_scenario.png"] != after["auc_by_scenario.png"]
     assert plots["calibration.png"] == after["calibration.png"]
+    assert plots["gain_by_scenario.png"] == after["gain_by_scenario.png"]  # of the gains, which are the same
     better = [row | {"auc": row["auc"] + 0.1} if row["variant"] == "llm" else row for row in world["activity"]]
     after = draw_plots(**(world | {"activity": better}))
     assert plots["auc_by_user_activity.png"] != after["auc_by_user_activity.png"]
@@ -207,7 +224,7 @@ def test_plots_of_many_models_stay_readable():
 
 def test_a_variant_without_runs_leaves_a_gap(world):
     records = [r for r in world["records"] if r["variant"] != "llm"]
-    assert len(draw_plots(**(world | {"records": records}))) == 6
+    assert len(draw_plots(**(world | {"records": records}))) == 7
 
 
 # ---------------------------------------------------------------- HTML
