@@ -49,7 +49,7 @@ def compare(config: Config, command: str = "python -m jobs.compare") -> dict[str
         extract(changed)
     comparison = plan_comparison(config)
     outcome = train_all(comparison)
-    report = write_report(comparison, outcome.choices, outcome.failures, item_mean(comparison), command)
+    report = write_report(comparison, outcome, item_mean(comparison), command)
     print_grids(report.grids)
     for name, failure in outcome.failures.items():
         print(f"{name} failed: {failure.message}")

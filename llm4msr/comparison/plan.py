@@ -81,10 +81,32 @@ class Choice:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run could not be trained or evaluated: in a line, and what Python said where it was not foreseen."""
+    """Why a run could not be trained or evaluated.
+
+    Attributes:
+        message: In a line.
+        details: What Python said, where it was not foreseen.
+        diverged: Whether training was stopped for its loss, weights or scores: another learning rate may do.
+    """
 
     message: str
     details: str = ""
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a comparison.
+
+    Attributes:
+        choices: Of each model, in order.
+        failures: By the run's name: runs that are missing from the figures, or from the choice of a learning rate.
+        diverged: The same of learning rates that proved too high for models which have another one.
+    """
+
+    choices: tuple[Choice, ...]
+    failures: dict[str, Failure]
+    diverged: dict[str, Failure]
 
 
 def model_configs(config: Config) -> list[tuple[str, str, str, dict[str, Any], Config]]:

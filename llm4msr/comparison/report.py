@@ -16,7 +16,7 @@ from typing import Any
 from llm4msr import __version__, storage
 from llm4msr.comparison import tables
 from llm4msr.comparison.html import write_html
-from llm4msr.comparison.plan import COMPARE_VERSION, Choice, Comparison, Failure
+from llm4msr.comparison.plan import COMPARE_VERSION, Comparison, Outcome
 from llm4msr.comparison.plots import draw_plots
 from llm4msr.comparison.results import (
     SPLIT,
@@ -57,31 +57,27 @@ class Report:
 
 
 def write_report(
-    comparison: Comparison,
-    choices: Sequence[Choice],
-    failures: Mapping[str, Failure],
-    item_mean: Sequence[Mapping[str, Any]],
-    command: str,
+    comparison: Comparison, outcome: Outcome, item_mean: Sequence[Mapping[str, Any]], command: str
 ) -> Report:
     """Writes the report.
 
     Args:
         comparison: What was planned.
-        choices: Learning rates, by model.
-        failures: By run.
+        outcome: What became of it.
         item_mean: Report rows of the item-mean baseline.
         command: That made the report.
     """
     config, uri = comparison.config, comparison.uri
     section, names = config.compare, model_names(comparison)
-    records = read_records(comparison, choices, failures)
+    choices, failures = outcome.choices, outcome.failures
+    records = read_records(comparison, choices, {*failures, *outcome.diverged})
     scenarios = scenario_summaries(records, names, section.reference)
     controls = control_summaries(records, control_pairs(comparison))
     activity = slice_summaries(records, names, section.reference, ["user activity"])
     cold = slice_summaries(records, names, section.reference, ["user", "item"])
     counted = records[0]["detail"]["counted"]
     data = PreparedData.open(comparison.prepared_uri).manifest["data"]
-    models = _models(comparison, choices, records, failures)
+    models = _models(comparison, outcome, records)
     summary = {
         "command": command,
         "models": models,
@@ -89,6 +85,7 @@ def write_report(
         "controls": controls,
         "slices": activity + cold,
         "failures": [{"run": name, "message": f.message, "details": f.details} for name, f in failures.items()],
+        "diverged": [{"run": name, "message": f.message} for name, f in outcome.diverged.items()],
         "num_tests": sum(row["gain"] is not None and row["gain"]["p"] is not None for row in scenarios + controls),
         "num_learning_rates_at_edge": sum(model["at_edge"] for model in models),
         "trained_otherwise": _trained_otherwise(records, section.cpus_per_run),
@@ -145,19 +142,22 @@ def write_report(
     return Report(uri, summary, tuple(shown))
 
 
-def _models(
-    comparison: Comparison, choices: Sequence[Choice], records: Sequence[Record], failures: Mapping[str, Failure]
-) -> list[dict[str, Any]]:
+def _models(comparison: Comparison, outcome: Outcome, records: Sequence[Record]) -> list[dict[str, Any]]:
     found = {(r["backbone"], r["variant"], r["run"]): r for r in records}
+    states = {**dict.fromkeys(outcome.failures, "failed"), **dict.fromkeys(outcome.diverged, "diverged")}
     models = []
-    for model, choice in zip(comparison.models, choices, strict=True):
+    for model, choice in zip(comparison.models, outcome.choices, strict=True):
         runs = []
         for rate, task, chosen in runs_of(model, choice):
             record = found.get((model.backbone, model.variant, task.name))
             about = {"run": task.name, "learning_rate": rate, "seed": task.seed, "chosen": chosen}
-            state = {"state": "failed" if task.name in failures else "finished"}
+            state = {"state": states.get(task.name, "finished")}
             kept = {name: record and record[name] for name in ("best_epoch", "num_parameters", "seconds")}
             runs.append(about | state | kept)
+        tuning = [
+            {"learning_rate": rate, "valid_auc": auc, "state": states.get(model.tuning[rate].name, "finished")}
+            for rate, auc in choice.valid_auc.items()
+        ]
         models.append(
             {
                 "backbone": model.backbone,
@@ -165,7 +165,7 @@ def _models(
                 "knowledge": model.knowledge,
                 "changes": model.changes,
                 "learning_rate": choice.learning_rate,
-                "tuning": [{"learning_rate": r, "valid_auc": auc} for r, auc in choice.valid_auc.items()],
+                "tuning": tuning,
                 "at_edge": choice.at_edge,
                 "tied": list(choice.tied) if len(choice.tied) > 1 else [],
                 "num_parameters": next((run["num_parameters"] for run in runs if run["num_parameters"]), None),

@@ -1,7 +1,8 @@
 """Trains and evaluates the runs of a comparison as Ray tasks, one process and one run at a time each.
 
 First every model's learning rates with one seed; as soon as those of a model have ended, all seeds at the best of them.
-A run that fails is noted and the others go on; the next call tries it again. A run that was stopped, by whatever, goes
+A run that fails is noted and the others go on; the next call tries it again. A learning rate that is too high is not a
+failure where the model has another one. A run that was stopped, by whatever, goes
 on from its last checkpoint. What a run's evaluation found lies beside its checkpoint, so a finished run costs a look.
 """
 
@@ -12,8 +13,7 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -27,6 +27,7 @@ from llm4msr.comparison.plan import (
     Comparison,
     Failure,
     Model,
+    Outcome,
     choose,
     mean_valid_auc,
 )
@@ -35,20 +36,12 @@ from llm4msr.evaluation import EVALUATION_VERSION, evaluate_in_detail, evaluate_
 from llm4msr.training.loop import train_worker
 from llm4msr.training.signals import sigterm_event
 from llm4msr.training.stop import asking, start_flag
-from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
+from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted, TrainTask
 
 logger = logging.getLogger("llm4msr.compare")
 
 POLL_S = 0.5
 ITEM_MEAN_FILE = "item_mean.json"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a comparison: the choice of each model, in order, and the failures by the run's name."""
-
-    choices: tuple[Choice, ...]
-    failures: dict[str, Failure]
 
 
 def train_all(comparison: Comparison) -> Outcome:
@@ -62,8 +55,8 @@ def train_all(comparison: Comparison) -> Outcome:
     with sigterm_event() as stop:
         outcome = _Running(comparison).until_done(stop)
     if all(choice.learning_rate is None for choice in outcome.choices):
-        first = next(iter(outcome.failures.values()))
-        raise TrainingError(f"{comparison.uri}: none of {len(outcome.failures)} runs could be trained: {first.message}")
+        failures = list(outcome.failures.values())
+        raise TrainingError(f"{comparison.uri}: none of {len(failures)} runs could be trained: {failures[0].message}")
     return outcome
 
 
@@ -153,7 +146,22 @@ class _Running:
             self._collect()
             self._choose()
         choices = tuple(self.choices[i] for i in range(len(self.choices)))
-        return Outcome(choices, {name: failure for name, failure in self.ended.items() if failure})
+        failures = {name: failure for name, failure in self.ended.items() if failure}
+        diverged = self._too_high(choices) & {name for name, failure in failures.items() if failure.diverged}
+        return Outcome(
+            choices,
+            {name: failure for name, failure in failures.items() if name not in diverged},
+            {name: failure for name, failure in failures.items() if name in diverged},
+        )
+
+    def _too_high(self, choices: Sequence[Choice]) -> set[str]:
+        """Returns the runs at learning rates that were tried and not chosen, another one being there."""
+        return {
+            task.name
+            for model, choice in zip(self.comparison.models, choices, strict=True)
+            for rate, task in model.tuning.items()
+            if choice.learning_rate not in (None, rate)
+        }
 
     def _want(self, tasks: Any) -> None:
         for task in tasks:
@@ -185,7 +193,8 @@ class _Running:
                 failure = Failure(" ".join(str(error).split())[:500])
             self.ended[task.name] = failure
             if failure:
-                logger.warning("%s failed; the same command tries it again: %s", task.name, failure.message)
+                how = "diverged" if failure.diverged else "failed; the same command tries it again"
+                logger.warning("%s %s: %s", task.name, how, failure.message)
             else:
                 logger.info("run %d of %d: %s: %s", len(self.ended), self.num_runs, task.name, _valid(task))
 
@@ -236,7 +245,7 @@ def _run(task: TrainTask, num_threads: int, on_gpu: bool, cold_max_rows: int, fl
                 raise TrainingInterrupted(f"{task.name}: not started")
             train_and_evaluate(task, torch.device("cuda" if on_gpu else "cpu"), cold_max_rows, should_stop)
     except (TrainingError, TrainingInterrupted, storage.StorageError) as error:
-        return Failure(str(error).removeprefix(f"{task.name}: "))
+        return Failure(str(error).removeprefix(f"{task.name}: "), diverged=isinstance(error, TrainingDiverged))
     except Exception as error:
         return Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
     return None

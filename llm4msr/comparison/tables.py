@@ -168,7 +168,7 @@ def tuning_grid(models: Sequence[Mapping[str, Any]]) -> Grid:
     for model in models:
         cells = []
         for tried in model["tuning"]:
-            text = "failed" if tried["valid_auc"] is None else f"{tried['valid_auc']:.4f}"
+            text = tried["state"] if tried["valid_auc"] is None else f"{tried['valid_auc']:.4f}"
             mark = " * edge" if model["at_edge"] else " *"
             cells.append(text + mark if tried["learning_rate"] == model["learning_rate"] else text)
         count = NOTHING if model["num_parameters"] is None else f"{model['num_parameters']:,}"

@@ -44,7 +44,7 @@ def compare(config: Config):
     """What jobs.compare does after the knowledge is there."""
     planned = plan_comparison(config)
     outcome = train_all(planned)
-    return write_report(planned, outcome.choices, outcome.failures, item_mean(planned), "the command")
+    return write_report(planned, outcome, item_mean(planned), "the command")
 
 
 def all_tasks(config: Config) -> dict[str, object]:
@@ -273,10 +273,10 @@ def test_a_learning_rate_that_diverges_is_not_chosen(ray_cluster, tmp_path):
     report = compare(config)
     (model,) = report.summary["models"]
     assert model["learning_rate"] == 0.003
-    assert [t["valid_auc"] is None for t in model["tuning"]] == [True, False]
-    (failure,) = report.summary["failures"]
-    assert "lower train.learning_rate" in failure["message"] and failure["details"] == ""
-    assert not failure["message"].startswith(failure["run"])
+    assert [(t["valid_auc"] is None, t["state"]) for t in model["tuning"]] == [(True, "diverged"), (False, "finished")]
+    (diverged,) = report.summary["diverged"]
+    assert "lower train.learning_rate" in diverged["message"] and not diverged["message"].startswith(diverged["run"])
+    assert not report.summary["failures"] and storage.is_finished(report.uri)
 
 
 def test_no_run_could_be_trained(ray_cluster, tmp_path):

@@ -116,7 +116,10 @@ def test_cold_and_warm_apart(world):
 
 
 def test_learning_rates_show_choice_and_failure():
-    tuning = [{"learning_rate": 0.1, "valid_auc": 0.61234}, {"learning_rate": 0.2, "valid_auc": None}]
+    tuning = [
+        {"learning_rate": 0.1, "valid_auc": 0.61234, "state": "finished"},
+        {"learning_rate": 0.2, "valid_auc": None, "state": "failed"},
+    ]
     model = {"backbone": "star", "variant": "llm", "learning_rate": 0.1, "tuning": tuning, "num_parameters": 1234}
     grid = tables.tuning_grid([model | {"at_edge": False}, model | {"at_edge": True}])
     assert grid.headings == ("backbone", "variant", "0.1", "0.2", "parameters")
