@@ -172,12 +172,36 @@ class Collator:
             context += ("moment",)
         return ["row_id", "user_row", "item_row", "scenario", "label", *self.history_columns.values(), *context]
 
-    def __call__(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None, training: bool = False) -> Batch:
+    def __call__(self, rows: Rows, training: bool = False) -> Batch:
         """Encodes B rows; their order is kept.
 
         Args:
             rows: The rows.
             training: Their users' knowledge is that without the likes of the row's fold (`llm4msr.knowledge.folds`).
+        """
+        batch, table = self.features(rows), self.knowledge
+        if table is None:
+            return batch
+        if training and table.folds is not None:
+            vectors_NK = table.folds.vectors_NK
+            index_B = table.folds.rows(rows["user_row"], rows["moment"])
+        else:
+            vectors_NK, index_B = table.users_NK, table.user_index_N[rows["user_row"]]
+        user_UK, user_B = _gather_distinct(vectors_NK, index_B)
+        item_UK, item_B = _gather_distinct(table.items_NK, table.item_index_N[rows["item_row"]])
+        return replace(
+            batch,
+            knowledge_UK=user_UK,
+            knowledge_index_B=user_B,
+            item_knowledge_UK=item_UK,
+            item_knowledge_index_B=item_B,
+        )
+
+    def features(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None) -> Batch:
+        """Encodes B rows without knowledge; their order is kept.
+
+        Args:
+            rows: The rows.
             liked: Item rows, oldest first, by log: what all these rows' user liked, instead of the logs.
         """
         user_row_B, item_row_B = rows["user_row"], rows["item_row"]
@@ -192,22 +216,6 @@ class Collator:
                 out[:, i] = rows[column]
             return torch.from_numpy(out)
 
-        knowledge = {}
-        if self.knowledge is not None:
-            table = self.knowledge
-            if training and table.folds is not None:
-                vectors_NK = table.folds.vectors_NK
-                index_B = table.folds.rows(user_row_B, rows["moment"])
-            else:
-                vectors_NK, index_B = table.users_NK, table.user_index_N[user_row_B]
-            user_UK, user_B = _gather_distinct(vectors_NK, index_B)
-            item_UK, item_B = _gather_distinct(table.items_NK, table.item_index_N[item_row_B])
-            knowledge = {
-                "knowledge_UK": user_UK,
-                "knowledge_index_B": user_B,
-                "item_knowledge_UK": item_UK,
-                "item_knowledge_index_B": item_B,
-            }
         return Batch(
             ids_BF=gather("ids", self.context_ids, np.int64),
             numeric_BN=gather("numeric", self.context_numeric, np.float32),
@@ -221,7 +229,6 @@ class Collator:
             label_B=torch.from_numpy(rows["label"].astype(np.float32)),
             row_id_B=torch.from_numpy(rows["row_id"].astype(np.int64)),
             histories=tuple(self._history(feature, rows, liked) for feature in self.histories),
-            **knowledge,
         )
 
     def _history(self, feature: Feature, rows: Rows, liked: Mapping[str, np.ndarray] | None) -> torch.Tensor:

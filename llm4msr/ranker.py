@@ -9,14 +9,18 @@ knowledge, with what the language model knows of it.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from llm4msr.batch import Rows
+from llm4msr.models.serving import ServingModel, UserLayers
 from llm4msr.schema import ALL_SCENARIOS, FIRST_INDEX, PADDING_INDEX, UNSEEN_INDEX, Feature, KeyType
 from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
 
@@ -26,6 +30,7 @@ INT64 = np.iinfo(np.int64)
 # Among N numbers none lies more than sqrt(N - 1) standard deviations from their mean: what is farther is a mistake,
 # and large enough a one would leave the model without a finite score.
 MAX_DEVIATIONS = 1e6
+CACHE_BYTES = 2**26
 
 
 class RequestError(ValueError):
@@ -121,7 +126,7 @@ class KeyIndex:
                 raise RequestError(
                     field, f"{wrong[0]!r} is not a text id: ids of this data are text, such as {self.example()!r}"
                 )
-            return np.fromiter((self.rows.get(key, 0) for key in keys), np.int32, len(keys))
+            return np.fromiter(map(self.rows.get, keys, repeat(0)), np.int32, len(keys))
         wrong = [k for k in keys if not isinstance(k, int) or isinstance(k, bool) or not INT64.min <= k <= INT64.max]
         if wrong:
             raise RequestError(
@@ -144,11 +149,19 @@ class Ranker:
     """Scores with one checkpoint.
 
     Args:
-        checkpoint: Loaded.
+        checkpoint: Loaded. Its model must not be trained any further.
+        cache_bytes: Memory for the meta layers of users who asked lately; those of at least one are kept.
+
+    Attributes:
+        user_layers: Meta layers by the row of a user's vector; ``cache_info()`` tells how often they were there.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, cache_bytes: int = CACHE_BYTES) -> None:
         self.checkpoint = checkpoint
+        knowledge = checkpoint.knowledge
+        self.serving = ServingModel(checkpoint.model, None if knowledge is None else _to_tensor(knowledge.items_NK))
+        most_users = cache_bytes // max(self.serving.user_layers_bytes(), 1)
+        self.user_layers = lru_cache(maxsize=max(most_users, 1))(self._generate)
         schema = checkpoint.schema
         self.user_rows = KeyIndex(checkpoint.users["key"].combine_chunks(), schema.user_key_type)
         self.item_rows = KeyIndex(checkpoint.items["key"].combine_chunks(), schema.item_key_type)
@@ -207,27 +220,47 @@ class Ranker:
             **self._context_columns(request.context or {}, num_rows),
         }
         liked = None if request.history is None else self._liked(request.history)
-        score_N = self.score(rows, liked)[index_N]
+        score_N = self._score_candidates(rows, liked)[index_N]
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
-        knowledge = self.checkpoint.knowledge if self.checkpoint.model.reads_users else None
         return RankResponse(
             model_version=self.model_version,
             user_known=user_row > 0,
-            knowledge_known=knowledge is not None and bool(knowledge.user_index_N[user_row]),
+            knowledge_known=self._user_vector_row(user_row) > 0,
             results=[RankedItem(request.items[i], float(score_N[i]), bool(item_row_N[i])) for i in order_N],
             model_ms=(time.perf_counter() - started) * 1000,
         )
 
-    def score(self, rows: Rows, liked: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """Scores prepared rows (columns of `schema.rows_schema`); returns float64 scores in their order.
+    def score(self, rows: Rows) -> np.ndarray:
+        """Scores prepared rows (columns of `schema.rows_schema`), each with the history that it had at its moment.
 
-        Args:
-            rows: The rows, each with the history that it had at its moment.
-            liked: Item rows by log, to all rows the same history instead: see `Collator`.
+        Returns:
+            float64 scores in their order.
         """
         with torch.inference_mode():
-            logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows, liked))
+            logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows))
             return torch.sigmoid(logit_B.double()).numpy()
+
+    def _score_candidates(self, rows: Rows, liked: Mapping[str, np.ndarray] | None) -> np.ndarray:
+        """Scores rows that are all of one user in one scenario: what is generated from the user is kept."""
+        knowledge, item_B = self.checkpoint.knowledge, torch.zeros(0, dtype=torch.int64)
+        if knowledge is not None:
+            item_B = torch.from_numpy(knowledge.item_index_N[rows["item_row"]].astype(np.int64))
+        user = self.user_layers(self._user_vector_row(int(rows["user_row"][0])))
+        with torch.inference_mode():
+            batch = self.checkpoint.collator.features(rows, liked)
+            logit_B = self.serving(batch, user, item_B, int(rows["scenario"][0]))
+            return torch.sigmoid(logit_B.double()).numpy()
+
+    def _user_vector_row(self, user_row: int) -> int:
+        """Returns the row of the users' vectors that the model reads for a user; 0 where there is none."""
+        knowledge = self.checkpoint.knowledge if self.checkpoint.model.reads_users else None
+        return 0 if knowledge is None else int(knowledge.user_index_N[user_row])
+
+    def _generate(self, vector_row: int) -> UserLayers:
+        if not vector_row:
+            return self.serving.user_layers(None)
+        vector_K = self.checkpoint.knowledge.users_NK[vector_row].astype(np.float32)
+        return self.serving.user_layers(torch.from_numpy(vector_K))
 
     def _liked(self, history: Sequence[LikedItem]) -> dict[str, np.ndarray]:
         """Returns the item rows of the likes in each log that the model reads, in the order given."""
@@ -288,3 +321,10 @@ class Ranker:
         index = self.context_index[feature.name]
         known = [index.get(str(value), UNSEEN_INDEX) for value in values[: feature.max_length]]
         return known + [PADDING_INDEX] * (feature.max_length - len(known))
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    """Returns a tensor over the memory of an array that may be read-only; it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)

@@ -189,7 +189,9 @@ def tiny_config(**tree) -> Config:
     return config_from_dict(base)
 
 
-def tiny_checkpoint(uri: str, prepared: PreparedData, knowledge: KnowledgeTable | None, seed: int = 0, **tree) -> str:
+def tiny_checkpoint(
+    uri: str, prepared: PreparedData, knowledge: KnowledgeTable | None, /, seed: int = 0, **tree
+) -> str:
     """Writes a checkpoint with random weights large enough that scores differ; returns its place."""
     config = tiny_config(**tree)
     torch.manual_seed(seed)

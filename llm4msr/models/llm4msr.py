@@ -12,6 +12,7 @@ P width of the item projection.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -89,9 +90,12 @@ class KnowledgeMatch(nn.Module):
         known_B = (user_B > 0) & (item_B > 0)
         return torch.where(known_B, (cosine_B - self.mean) / self.std, 0.0).unsqueeze(1)
 
+    def standardised(self, vectors_UK: torch.Tensor, level: str) -> torch.Tensor:
+        """Returns vectors of users or items ("user", "item") over mean and deviation of their level."""
+        return (vectors_UK - getattr(self, f"{level}_mean_K")) / getattr(self, f"{level}_std_K")
+
     def _unit(self, vectors_UK: torch.Tensor, level: str) -> torch.Tensor:
-        mean_K, std_K = getattr(self, f"{level}_mean_K"), getattr(self, f"{level}_std_K")
-        return nn.functional.normalize((vectors_UK - mean_K) / std_K, dim=1)
+        return nn.functional.normalize(self.standardised(vectors_UK, level), dim=1)
 
 
 class UserMeta(nn.Module):
@@ -111,9 +115,25 @@ class UserMeta(nn.Module):
         z_UZ = self.trunk(knowledge_UK)
         rows = SubjectRows(index_B, *z_UZ.shape)
         for layer in self.layers:
-            changed_BD = nn.functional.gelu(layer(x_BD, z_UZ, rows))
-            x_BD = x_BD + changed_BD if self.residual else changed_BD
+            x_BD = self._add(x_BD, layer(x_BD, z_UZ, rows))
         return x_BD
+
+    def generate(self, knowledge_UK: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns each layer's `MetaLayer.generate`."""
+        z_UZ = self.trunk(knowledge_UK)
+        return [layer.generate(z_UZ) for layer in self.layers]
+
+    def apply_generated(
+        self, x_BD: torch.Tensor, generated: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Transforms rows that are all of one subject, with its part of what `generate` returned."""
+        for layer, (own_RH, bias_H) in zip(self.layers, generated, strict=True):
+            x_BD = self._add(x_BD, torch.addmm(bias_H, layer.shared_part(x_BD), own_RH))
+        return x_BD
+
+    def _add(self, x_BD: torch.Tensor, product_BD: torch.Tensor) -> torch.Tensor:
+        changed_BD = nn.functional.gelu(product_BD)
+        return x_BD + changed_BD if self.residual else changed_BD
 
 
 def hide_share(index_B: torch.Tensor, share: float) -> torch.Tensor:
@@ -141,20 +161,36 @@ class ScenarioMeta(nn.Module):
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
+        generated = self.generate()
+        rows = ScenarioRows(scenario_B, len(generated))
+        shared = rows.sort(self.layers[0].shared_part(x_BD))
+        return rows.map(shared, lambda s, part: self.apply_generated(part, generated[s]))
+
+    def generate(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Returns the stack of each scenario: `own_part` of the first layer, weights of the others; biases."""
         z_SZ = self.trunk(self.knowledge_SK)
         first, *rest = self.layers
         weights = [first.own_part(z_SZ), *(layer.weight(z_SZ) for layer in rest)]
         biases = [layer.bias_head(z_SZ) for layer in self.layers]
-        weights_of = list(zip(*(weight_SDH.unbind() for weight_SDH in weights), strict=True))
-        biases_of = list(zip(*(bias_SH.unbind() for bias_SH in biases), strict=True))
+        layers = [
+            zip(weight_SDH.unbind(), bias_SH.unbind(), strict=True)
+            for weight_SDH, bias_SH in zip(weights, biases, strict=True)
+        ]
+        return [list(stack) for stack in zip(*layers, strict=True)]
 
-        def stack(s: int, x_BD: torch.Tensor) -> torch.Tensor:
-            for i, (weight_DH, bias_H) in enumerate(zip(weights_of[s], biases_of[s], strict=True)):
-                x_BD = torch.addmm(bias_H, x_BD if i == 0 else nn.functional.gelu(x_BD), weight_DH)
-            return x_BD.squeeze(1)
+    def apply_generated(
+        self, shared: torch.Tensor, generated: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Returns the logit of rows of one scenario.
 
-        rows = ScenarioRows(scenario_B, len(z_SZ))
-        return rows.map(rows.sort(first.shared_part(x_BD)), stack)
+        Args:
+            shared: The first layer's `shared_part` of the rows.
+            generated: The scenario's stack.
+        """
+        x_BD = shared
+        for i, (weight_DH, bias_H) in enumerate(generated):
+            x_BD = torch.addmm(bias_H, x_BD if i == 0 else nn.functional.gelu(x_BD), weight_DH)
+        return x_BD.squeeze(1)
 
 
 class MultiScenarioModel(nn.Module):

@@ -48,10 +48,14 @@ class KnowledgeTrunk(nn.Module):
 
     def forward(self, knowledge_UK: torch.Tensor) -> torch.Tensor:
         """Returns z_UZ."""
-        z_UZ = self.dense((knowledge_UK - self.mean_K).div_(self.std_K))
+        z_UZ = self.condense(knowledge_UK)
         if self.missing_Z is not None:
             z_UZ = torch.cat([self.missing_Z.unsqueeze(0), z_UZ[1:]])
         return z_UZ
+
+    def condense(self, knowledge_UK: torch.Tensor) -> torch.Tensor:
+        """Returns z_UZ of subjects that all have knowledge."""
+        return self.dense((knowledge_UK - self.mean_K).div_(self.std_K))
 
 
 class MetaLayer(nn.Module):
@@ -97,6 +101,10 @@ class MetaLayer(nn.Module):
         x_NLR = rows.slot(self.shared_part(x_BD))
         core_NRR = core_UR.index_select(0, rows.subject_N).view(-1, self.rank, self.rank)
         return bias_BH.addmm_(rows.unslot(x_NLR @ core_NRR), self.up_RH.to(bias_BH.dtype))
+
+    def generate(self, z_UZ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what of the layer is each subject's: `own_part`, and the bias (U, H)."""
+        return self.own_part(z_UZ), self.bias_head(z_UZ)
 
     def shared_part(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Returns what of the product all subjects share: x P if low_rank, x itself if full."""

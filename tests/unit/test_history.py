@@ -161,7 +161,8 @@ def test_the_last_items_are_kept_oldest_first_and_padded_at_the_end(prepared, nu
     unknown = collate(rows | {name: np.array([0]) for name in ("user_row", *LOGS)})
     assert not any(index_BT.any() for index_BT in unknown.histories)
     given = {"all": np.array([2, 0], np.int32), "search": np.array([], np.int32)}
-    assert [index_BT.tolist() for index_BT in collate(rows, given).histories] == [[[12, 1, 0, 0, 0]], [[0, 0, 0]]]
+    histories = collate.features(rows, given).histories
+    assert [index_BT.tolist() for index_BT in histories] == [[[12, 1, 0, 0, 0]], [[0, 0, 0]]]
 
 
 def test_rows_of_a_file_hold_the_likes_that_lie_before_them(prepared):

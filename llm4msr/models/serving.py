@@ -1,0 +1,139 @@
+"""A trained model as requests use it: one user, one scenario, many candidates.
+
+Training regenerates every meta layer in each step, for the users of the batch and for all scenarios. A request has one
+user, whose layers are generated once and may be kept (`UserLayers`); the scenarios' are constants. What the language
+model knows of the items is condensed once for all of them. The scores are those of `MultiScenarioModel.forward` but
+for rounding.
+
+Axes: B candidates, N items (row 0: no knowledge), K knowledge width, P width of the item projection, S scenarios,
+D input width, R rank, H output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from llm4msr.batch import Batch
+    from llm4msr.models.llm4msr import MultiScenarioModel
+
+BLOCK_ROWS = 8192
+MIN_LENGTH = 1e-12  # as in torch's normalize
+PROJECTED_BYTES = 2**28  # of what is kept for all items; more are condensed anew in each request
+
+
+@dataclass(frozen=True)
+class UserLayers:
+    """What is generated from one user's knowledge.
+
+    Attributes:
+        layers: Of each user-level meta layer, what follows its shared part (R, H) or (D, H), and the bias (H,).
+        direction_K: The user's standardised vector at length 1, over the deviation of the items' vectors; None without
+            a vector, or where the model matches nothing.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    direction_K: torch.Tensor | None = None
+
+
+class ServingModel:
+    """Scores candidates with a trained model; thread-safe, as nothing changes after construction.
+
+    Args:
+        model: Trained, in evaluation mode, on the CPU. Its weights must not change any more.
+        items_NK: The items' vectors that it was trained with, float16; row 0 is zeros. None for a backbone alone.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: MultiScenarioModel, items_NK: torch.Tensor | None) -> None:
+        self.model = model
+        self.items_NK = items_NK
+        self.width = 0 if items_NK is None else items_NK.shape[1]
+        self.scenario_layers = None if model.scenario_meta is None else model.scenario_meta.generate()
+        self.item_NP, self.item_length_N = None, None
+        if model.item_knowledge is not None:
+            num_bytes = 4 * len(self.items_NK) * model.item_knowledge.output_dim
+            if num_bytes <= PROJECTED_BYTES:
+                trunk = model.item_knowledge.trunk
+                self.item_NP = torch.cat([trunk.condense(block_NK) for block_NK in self._item_blocks()])
+                self.item_NP[0] = trunk.missing_Z
+        if model.match is not None:
+            lengths = [model.match.standardised(block_NK, "item").norm(dim=1) for block_NK in self._item_blocks()]
+            self.item_length_N = torch.cat(lengths).clamp(min=MIN_LENGTH)
+
+    @torch.inference_mode()
+    def user_layers(self, vector_K: torch.Tensor | None) -> UserLayers:
+        """Generates the layers of one user.
+
+        Args:
+            vector_K: The user's knowledge; None where there is none.
+        """
+        model, place = self.model, 0 if vector_K is None else 1
+        if not model.reads_users:
+            return UserLayers()
+        vectors_UK = torch.zeros(2, self.width)
+        if vector_K is not None:
+            vectors_UK[1] = vector_K
+        layers, direction_K = (), None
+        if model.user_meta is not None:
+            generated = model.user_meta.generate(vectors_UK)
+            layers = tuple((own[place].clone(), bias[place].clone()) for own, bias in generated)
+        if model.match is not None and vector_K is not None:
+            unit_K = nn.functional.normalize(model.match.standardised(vectors_UK[1:], "user"), dim=1)[0]
+            direction_K = unit_K / model.match.item_std_K
+        return UserLayers(layers, direction_K)
+
+    def user_layers_bytes(self) -> int:
+        """Returns the memory of one user's layers."""
+        user = self.user_layers(torch.ones(self.width) if self.width else None)
+        tensors = [tensor for layer in user.layers for tensor in layer]
+        return sum(t.nbytes for t in (*tensors, user.direction_K) if t is not None)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, user: UserLayers, item_B: torch.Tensor, scenario: int) -> torch.Tensor:
+        """Returns logit_B.
+
+        Args:
+            batch: The candidates, all in one scenario; its knowledge is not read.
+            user: Of the user whom they are for.
+            item_B: Row of the items' vectors of each candidate, int64.
+            scenario: Index of the scenario.
+        """
+        model, parts = self.model, [self.model.embedding(batch)]
+        if model.item_knowledge is not None:
+            parts.append(self._projected(item_B))
+        if model.match is not None:
+            parts.append(self._match(user, item_B))
+        x_BD = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if model.user_meta is not None:
+            x_BD = model.user_meta.apply_generated(x_BD, user.layers)
+        logit_B = model.backbone(x_BD, batch.scenario_B)
+        if model.scenario_meta is not None:
+            first = model.scenario_meta.layers[0].shared_part(x_BD)
+            logit_B = logit_B + model.scenario_meta.apply_generated(first, self.scenario_layers[scenario])
+        return logit_B
+
+    def _projected(self, item_B: torch.Tensor) -> torch.Tensor:
+        if self.item_NP is not None:
+            return self.item_NP[item_B]
+        trunk = self.model.item_knowledge.trunk
+        projected_BP = trunk.condense(self.items_NK[item_B].float())
+        projected_BP[item_B == 0] = trunk.missing_Z
+        return projected_BP
+
+    def _match(self, user: UserLayers, item_B: torch.Tensor) -> torch.Tensor:
+        match = self.model.match
+        if user.direction_K is None:
+            return torch.zeros(len(item_B), 1)
+        # cos = ((v - mean) / std) . u / |(v - mean) / std|, with std taken to the user's side.
+        product_B = (self.items_NK[item_B].float() - match.item_mean_K) @ user.direction_K
+        cosine_B = product_B / self.item_length_N[item_B]
+        return torch.where(item_B > 0, (cosine_B - match.mean) / match.std, 0.0).unsqueeze(1)
+
+    def _item_blocks(self) -> Iterator[torch.Tensor]:
+        return (block_NK.float() for block_NK in self.items_NK.split(BLOCK_ROWS))
