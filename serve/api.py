@@ -21,7 +21,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from llm4msr import __version__
-from llm4msr.ranker import LikedItem, Ranker, RankRequest, RequestError
+from llm4msr.ranker import Ranker
+from llm4msr.request import LikedItem, RankRequest, RequestError
 from serve.schemas import (
     FeatureReply,
     HealthReply,
@@ -31,6 +32,7 @@ from serve.schemas import (
     RankedItemReply,
     RankReply,
     ScenarioReply,
+    TimingsReply,
 )
 
 logger = logging.getLogger("llm4msr.serve")
@@ -79,7 +81,9 @@ def build_api(ranker: Ranker, max_candidates: int) -> FastAPI:
                 "scores of different requests can be compared",
             )
         history = None if body.history is None else [LikedItem(liked.item, liked.scenario) for liked in body.history]
-        ranking = ranker.rank(RankRequest(body.user, body.scenario, body.items, body.top_k, body.context, history))
+        ranking = ranker.rank(
+            RankRequest(body.user, body.scenario, body.items, body.top_k, body.context, history, body.knowledge)
+        )
         return RankReply(
             model_version=ranking.model_version,
             scenario=body.scenario,
@@ -87,7 +91,7 @@ def build_api(ranker: Ranker, max_candidates: int) -> FastAPI:
             user_known=ranking.user_known,
             knowledge_known=ranking.knowledge_known,
             results=[RankedItemReply(item=r.item, score=r.score, known=r.known) for r in ranking.results],
-            model_ms=ranking.model_ms,
+            timings_ms=TimingsReply(**vars(ranking.timings_ms)),
         )
 
     @api.get("/v1/model")

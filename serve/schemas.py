@@ -39,6 +39,8 @@ ContextValue = Annotated[
 ]
 # A history feature reads the last few; more than this is a mistake.
 MAX_LIKED = 1000
+# The widest hidden states of today's language models have 16,384 numbers.
+MAX_KNOWLEDGE = 16_384
 
 
 class Closed(BaseModel):
@@ -65,6 +67,7 @@ class RankBody(Closed):
                 {"user": 1042, "scenario": "search", "items": [7001, 7002, 7003], "top_k": 2},
                 {"user": "AE2F4", "scenario": "books", "items": ["B00A", "B00B"], "context": {"device": "phone"}},
                 {"user": 7, "scenario": "rec", "items": [5, 6], "history": [{"item": 4, "scenario": "search"}]},
+                {"user": 8, "scenario": "rec", "items": [5, 6], "knowledge": [0.25, -1.5, 0.0]},
             ]
         }
     )
@@ -81,8 +84,11 @@ class RankBody(Closed):
     """Values of context features by name, the same for all candidates; a list for features of kind sequence. Those left
     out count as absent."""
     history: Annotated[list[LikedBody], Field(max_length=MAX_LIKED)] | None = None
-    """What the user liked, oldest first, for models with features of kind history, instead of what the model's logs
-    know of the user. Left out, the logs are used; an empty list is a user without likes."""
+    """What the user liked, oldest first, instead of what the model's data know of the user. Left out, these are used;
+    an empty list is a user without likes. For models with features of kind history, and those whose users' vectors are
+    made of items' vectors: then a user whom the model does not know gets knowledge too."""
+    knowledge: Annotated[list[float], Field(max_length=MAX_KNOWLEDGE)] | None = None
+    """The user's vector as the language model made it, instead of the model's own."""
 
 
 class RankedItemReply(Closed):
@@ -94,6 +100,19 @@ class RankedItemReply(Closed):
     """Probability of a positive label."""
     known: bool
     """Whether the item is in the model's item table."""
+
+
+class TimingsReply(Closed):
+    """Milliseconds of the parts of an answer, without HTTP."""
+
+    encode: float
+    """Raw ids and values to the model's input."""
+    knowledge: float
+    """The user's meta layers, generated or found."""
+    model: float
+    """The model's input to scores."""
+    total: float
+    """From raw ids to sorted scores; more than the sum of the others."""
 
 
 class RankReply(Closed):
@@ -108,11 +127,11 @@ class RankReply(Closed):
     user_known: bool
     """Whether the user is in the model's user table."""
     knowledge_known: bool
-    """Whether the language model's knowledge of this user was used."""
+    """Whether knowledge of this user was used: the model's, the request's, or made of the request's history."""
     results: list[RankedItemReply]
     """Highest score first; ties keep the order of the request."""
-    model_ms: float
-    """Milliseconds from raw ids to sorted scores, without HTTP."""
+    timings_ms: TimingsReply
+    """Where the time went."""
 
 
 class ScenarioReply(Closed):

@@ -91,6 +91,18 @@ def write_pooled_users(
     return len(users)
 
 
+def pool_likes(vectors_LK: np.ndarray, mean_K: np.ndarray, std_K: np.ndarray) -> np.ndarray:
+    """Returns the vector (K,) of a user who liked items with these vectors: as `write_pooled_users` makes and keeps it.
+
+    Args:
+        vectors_LK: Of the liked items.
+        mean_K: Over all items.
+        std_K: Over all items, above 0.
+    """
+    vector_K = _unit(_unit((vectors_LK - mean_K) / std_K).sum(0))
+    return vector_K.astype(np.float16).astype(np.float32)
+
+
 def _read(rows_uris: Sequence[str], item_index_N: np.ndarray, num_folds: int) -> Iterator[_Likes]:
     for uri in rows_uris:
         table = storage.read_parquet(uri, COLUMNS)

@@ -21,7 +21,8 @@ from jobs.train import train
 from llm4msr import storage, workspace
 from llm4msr.config import ConfigError
 from llm4msr.knowledge.place import knowledge_pointer_uri, knowledge_uri, last_pointer_uri
-from llm4msr.ranker import Ranker, RankRequest
+from llm4msr.ranker import Ranker
+from llm4msr.request import RankRequest
 from llm4msr.settings import load_config
 
 RECIPE = "jobs/recipes/demo.toml"

@@ -115,7 +115,7 @@ def test_rank(client):
     answer = client.post("/v1/rank", json={**GOOD, "items": [7000, 5, 7001, 2**53 + 1, 2**53], "top_k": 4}).json()
 
     results = answer.pop("results")
-    assert answer.pop("model_ms") > 0
+    assert min(answer.pop("timings_ms").values()) > 0
     assert answer == {
         "model_version": "tiny-0",
         "scenario": "rec",
@@ -241,7 +241,7 @@ def test_fifty_at_once(client):
     assert [a.status_code for a in answers] == [200] * 50
     for body, answer, expected in zip(bodies, answers, alone, strict=True):
         assert answer.json()["user"] == body["user"]
-        assert {**answer.json(), "model_ms": 0} == {**expected, "model_ms": 0}
+        assert {**answer.json(), "timings_ms": 0} == {**expected, "timings_ms": 0}
 
 
 def processes_of(mark: str) -> dict[int, str]:

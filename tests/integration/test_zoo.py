@@ -21,7 +21,8 @@ from llm4msr.evaluation import evaluate_checkpoint, evaluate_item_mean
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.backbones import BACKBONES
 from llm4msr.models.llm4msr import build_model, set_knowledge
-from llm4msr.ranker import Ranker, RankRequest
+from llm4msr.ranker import Ranker
+from llm4msr.request import RankRequest
 from llm4msr.schema import FIRST_INDEX, SPLITS
 from llm4msr.training.checkpoint import save_checkpoint
 from llm4msr.training.loop import train_worker

@@ -30,6 +30,8 @@ LAYERS = {
     "llm4msr.knowledge": 1,
     "llm4msr.models": 1,
     "llm4msr.batch": 1,
+    "llm4msr.request": 1,
+    "llm4msr.lookup": 1,
     "llm4msr.training": 2,
     "llm4msr.ranker": 2,
     "llm4msr.evaluation": 2,

@@ -13,7 +13,8 @@ from tiny import tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
 from llm4msr.knowledge.table import FILES
-from llm4msr.ranker import Ranker, RankRequest
+from llm4msr.ranker import Ranker
+from llm4msr.request import RankRequest
 from llm4msr.training.checkpoint import load_checkpoint, save_checkpoint
 from llm4msr.training.tensors import write_tensors
 

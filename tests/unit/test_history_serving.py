@@ -14,7 +14,8 @@ from llm4msr import storage
 from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import HISTORY_DIRECTORY
 from llm4msr.evaluation import evaluate_checkpoint
-from llm4msr.ranker import LikedItem, Ranker, RankRequest, RequestError
+from llm4msr.ranker import Ranker
+from llm4msr.request import LikedItem, RankRequest, RequestError
 from llm4msr.training.checkpoint import load_checkpoint
 from llm4msr.training.loop import train_worker
 from llm4msr.training.reader import list_row_groups, read_row_group
@@ -147,7 +148,7 @@ def test_refusals(ranker, change, field, message):
 def test_a_model_without_histories_refuses_one(tmp_path):
     prepared = tiny_prepared(str(tmp_path / "prepared"))
     ranker = Ranker.from_checkpoint(tiny_checkpoint(str(tmp_path / "c"), prepared, None))
-    with pytest.raises(RequestError, match="this model has no history features: leave history out"):
+    with pytest.raises(RequestError, match="this model reads no history of the user: leave history out"):
         ranker.rank(RankRequest(1000, "rec", [7000], history=[LIKE]))
 
 

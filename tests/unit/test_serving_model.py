@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from tiny import NUM_ITEMS, tiny_checkpoint, tiny_knowledge, tiny_prepared
+from tiny import NUM_ITEMS, NUM_USERS, tiny_checkpoint, tiny_knowledge, tiny_prepared
 
+from llm4msr import storage
 from llm4msr.config.model import Backbone
+from llm4msr.knowledge.pooled import write_pooled_users
 from llm4msr.models import serving
-from llm4msr.ranker import Ranker, RankRequest
+from llm4msr.ranker import Ranker
+from llm4msr.request import LikedItem, RankRequest, RequestError
 from llm4msr.training.checkpoint import load_checkpoint
 from llm4msr.training.reader import list_row_groups, read_row_group
 
@@ -126,3 +131,81 @@ def test_users_without_knowledge_share_their_layers(prepared, tmp_path):
     answers = [ranker.rank(RankRequest(user, "rec", [7000], context=CONTEXT)) for user in (users[-1], users[-2], -99)]
     assert [answer.knowledge_known for answer in answers] == [False] * 3
     assert ranker.user_layers.cache_info()[:2] == (2, 1)
+
+
+# ---------------------------------------------------------------- users whom the model does not know
+
+
+def scores(ranker, **asked):
+    answer = ranker.rank(RankRequest(scenario="rec", items=list(range(7000, 7010)), context=CONTEXT, **asked))
+    by_item = {result.item: result.score for result in answer.results}
+    return [by_item[item] for item in range(7000, 7010)], answer.knowledge_known
+
+
+def test_a_vector_in_the_request_stands_for_the_users_own(prepared, tmp_path):
+    ranker = load(prepared, tmp_path, EVERYTHING)
+    knowledge = ranker.checkpoint.knowledge
+    user = prepared.users()["key"].to_pylist()[4]
+    vector = knowledge.users_NK[knowledge.user_index_N[5]].tolist()
+    own, known = scores(ranker, user=user)
+    assert known and scores(ranker, user=user, knowledge=vector) == (pytest.approx(own, abs=1e-6), True)
+    other, _ = scores(ranker, user=user, knowledge=[-x for x in vector])
+    assert np.abs(np.subtract(own, other)).max() > 1e-3
+    stranger, known = scores(ranker, user=-1)
+    given, now_known = scores(ranker, user=-1, knowledge=vector)
+    assert (known, now_known) == (False, True) and np.abs(np.subtract(stranger, given)).max() > 1e-3
+    assert ranker.user_layers.cache_info().currsize == 2  # of the request's vectors nothing is kept
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        ([1.0] * 7, "7 numbers: the language model's vectors have 8"),
+        ([], "0 numbers: the language model's vectors have 8"),
+        ([1.0] * 7 + [float("nan")], "numbers within ±65504 are needed"),
+        ([1.0] * 7 + [1e6], "numbers within ±65504 are needed"),
+    ],
+)
+def test_a_vector_that_cannot_be_the_language_models_is_refused(prepared, tmp_path, vector, message):
+    with pytest.raises(RequestError, match=message) as error:
+        scores(load(prepared, tmp_path, EVERYTHING), user=1, knowledge=vector)
+    assert error.value.field == "knowledge"
+
+
+def test_a_model_that_reads_no_vectors_refuses_them(prepared, tmp_path):
+    for folder, tree, knowledge in (("a", {}, False), ("b", VARIANTS["scenario level alone"], True)):
+        with pytest.raises(RequestError, match="this model reads no knowledge of users: leave knowledge out"):
+            scores(load(prepared, tmp_path / folder, tree, knowledge), user=1, knowledge=[0.0] * 8)
+
+
+def test_a_vector_is_made_of_the_history(prepared, tmp_path):
+    """As the extraction makes it of the same likes; items without a vector do not count, and none leaves no vector."""
+    checkpoint = load(prepared, tmp_path, EVERYTHING).checkpoint
+    table, keys = checkpoint.knowledge, prepared.items()["key"].to_pylist()
+    liked_rows = [3, 9, 3, 30, 12]  # item row 30 has no vector
+    rows = pa.table(
+        {
+            "user_row": pa.array([7] * 5, pa.int32()),
+            "item_row": pa.array(liked_rows, pa.int32()),
+            "label": pa.array([1] * 5, pa.int8()),
+            "moment": pa.array(range(5), pa.int64()),
+        }
+    )
+    bucket = str(tmp_path / "bucket.parquet")
+    storage.write_parquet(bucket, rows)
+    write_pooled_users(str(tmp_path / "made"), [bucket], NUM_USERS, 2, table.items_NK, table.item_index_N)
+    expected_K = np.load(tmp_path / "made" / "users.npy")[1].astype(np.float32)
+
+    metadata = {**checkpoint.metadata, "knowledge": "llm"}
+    ranker = Ranker(replace(checkpoint, metadata=metadata))
+    history = [LikedItem(keys[row - 1], "rec") for row in liked_rows]
+    made, known = scores(ranker, user=-1, history=history)
+    given, _ = scores(ranker, user=-1, knowledge=expected_K.tolist())
+    assert known and made == pytest.approx(given, abs=1e-5)
+    nobody, known = scores(ranker, user=-1, history=[LikedItem(keys[29], "rec"), LikedItem(-5, "search")])
+    assert not known and nobody == scores(ranker, user=-1)[0] != made
+    known_user = prepared.users()["key"].to_pylist()[0]
+    assert scores(ranker, user=known_user, history=[])[1] is False  # as asked: a user without likes
+    shuffled = Ranker(replace(checkpoint, metadata={**metadata, "knowledge": "shuffled"}))
+    with pytest.raises(RequestError, match="reads no history"):
+        scores(shuffled, user=-1, history=history)
