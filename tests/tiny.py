@@ -24,7 +24,7 @@ from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.schema import REJECTS, SPLITS, Feature, FeatureSchema, Scenario, feature_table_schema, rows_schema
 from llm4msr.settings import config_from_dict
-from llm4msr.training.checkpoint import save_checkpoint
+from llm4msr.training.saving import save_checkpoint
 from llm4msr.training.tensors import write_tensors
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 30, 5

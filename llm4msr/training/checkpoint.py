@@ -6,10 +6,11 @@
 * knowledge/            the knowledge table (absent for a backbone alone)
 * model.safetensors     weights and buffers
 * metadata.json         version, seed, knowledge, what it was trained on, versions of the libraries
+* golden.json           requests and the scores that they get (`llm4msr.golden`)
 * manifest.json         written last
 
-Only safetensors, plain .npy, Parquet and JSON are read: nothing in a checkpoint can run code. The model is rebuilt
-from schema and configuration; weights that do not fit are refused by name.
+Written by `llm4msr.training.saving`. Only safetensors, plain .npy, Parquet and JSON are read: nothing in a checkpoint
+can run code. The model is rebuilt from schema and configuration; weights that do not fit are refused by name.
 """
 
 from __future__ import annotations
@@ -23,14 +24,7 @@ from llm4msr import storage
 from llm4msr.batch import Collator, EntityFeatures
 from llm4msr.config import Config
 from llm4msr.data.history import read_logs
-from llm4msr.data.prepared import (
-    HISTORY_DIRECTORY,
-    ITEMS_FILE,
-    SCHEMA_FILE,
-    USERS_FILE,
-    VOCAB_DIRECTORY,
-    PreparedData,
-)
+from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE, VOCAB_DIRECTORY
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model
 from llm4msr.schema import FeatureSchema
@@ -54,7 +48,7 @@ class Checkpoint:
         items: The same for items.
         collator: Encodes rows for `model`.
         knowledge: The knowledge table, or None for a backbone alone.
-        metadata: What `save_checkpoint` was given.
+        metadata: How it was trained; holds "model_version".
     """
 
     uri: str
@@ -73,38 +67,6 @@ class Checkpoint:
         return storage.read_parquet(place)["value"].combine_chunks()
 
 
-def save_checkpoint(
-    uri: str,
-    config: Config,
-    prepared: PreparedData,
-    knowledge: KnowledgeTable | None,
-    weights_uri: str,
-    metadata: dict[str, Any],
-) -> None:
-    """Writes a checkpoint to a fresh place; what an unfinished attempt left there is removed.
-
-    Args:
-        uri: The directory.
-        config: The run's configuration.
-        prepared: The data it was trained on.
-        knowledge: What the model was trained with (shuffled, if it was), or None.
-        weights_uri: A file of `write_tensors` with the model's state dict.
-        metadata: JSON values; must hold "model_version".
-    """
-    storage.remove(uri)
-    for name in (SCHEMA_FILE, USERS_FILE, ITEMS_FILE):
-        storage.copy(storage.join(prepared.uri, name), storage.join(uri, name))
-    for folder in (VOCAB_DIRECTORY, HISTORY_DIRECTORY):
-        for source, _ in storage.list_files(storage.join(prepared.uri, folder), ".parquet"):
-            storage.copy(source, storage.join(uri, folder, source.rsplit("/", 1)[-1]))
-    if knowledge is not None:
-        knowledge.save(storage.join(uri, KNOWLEDGE_DIRECTORY))
-    storage.copy(weights_uri, storage.join(uri, MODEL_FILE))
-    storage.write_json(storage.join(uri, "config.json"), config.model_dump(mode="json"))
-    storage.write_json(storage.join(uri, "metadata.json"), metadata)
-    storage.write_manifest(uri, {"kind": "checkpoint", "model_version": metadata["model_version"]})
-
-
 def load_checkpoint(uri: str) -> Checkpoint:
     """Loads a checkpoint from anywhere.
 
@@ -114,6 +76,15 @@ def load_checkpoint(uri: str) -> Checkpoint:
     manifest = storage.read_manifest(uri, "a checkpoint is written by jobs.train")
     if manifest.get("kind") != "checkpoint":
         raise storage.StorageError(f"{uri}: a {manifest.get('kind')!r} directory, not a checkpoint")
+    return read_checkpoint(uri)
+
+
+def read_checkpoint(uri: str) -> Checkpoint:
+    """Reads a checkpoint that may lack its manifest: one that is being written.
+
+    Raises:
+        StorageError: It is damaged, or its weights do not fit its configuration.
+    """
     config = config_from_dict(storage.read_json(storage.join(uri, "config.json")))
     schema = FeatureSchema.from_json(storage.read_json(storage.join(uri, SCHEMA_FILE)))
     users = storage.read_parquet(storage.join(uri, USERS_FILE))

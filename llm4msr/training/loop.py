@@ -19,8 +19,8 @@ from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import PreparedData
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model, set_knowledge
-from llm4msr.training.checkpoint import save_checkpoint
 from llm4msr.training.running import Run, agreed
+from llm4msr.training.saving import save_checkpoint
 from llm4msr.training.task import TrainTask, load_knowledge
 from llm4msr.training.trainer import Trainer
 

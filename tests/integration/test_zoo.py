@@ -24,9 +24,9 @@ from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.ranker import Ranker
 from llm4msr.request import RankRequest
 from llm4msr.schema import FIRST_INDEX, SPLITS
-from llm4msr.training.checkpoint import save_checkpoint
 from llm4msr.training.loop import train_worker
 from llm4msr.training.reader import list_row_groups, read_row_group
+from llm4msr.training.saving import save_checkpoint
 from llm4msr.training.task import TrainTask
 from llm4msr.training.tensors import write_tensors
 from serve.api import build_api

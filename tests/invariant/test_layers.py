@@ -34,6 +34,7 @@ LAYERS = {
     "llm4msr.lookup": 1,
     "llm4msr.training": 2,
     "llm4msr.ranker": 2,
+    "llm4msr.golden": 2,
     "llm4msr.evaluation": 2,
     "llm4msr.comparison": 3,  # trains, evaluates and reports many runs
     "jobs": 4,

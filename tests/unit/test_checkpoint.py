@@ -15,7 +15,8 @@ from llm4msr import storage
 from llm4msr.knowledge.table import FILES
 from llm4msr.ranker import Ranker
 from llm4msr.request import RankRequest
-from llm4msr.training.checkpoint import load_checkpoint, save_checkpoint
+from llm4msr.training.checkpoint import load_checkpoint
+from llm4msr.training.saving import save_checkpoint
 from llm4msr.training.tensors import write_tensors
 
 REQUEST = RankRequest(user=1003, scenario="search", items=[7000, 7004, 2**53 + 1, 5], context={"search_source": "box"})
