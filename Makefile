@@ -39,7 +39,7 @@ compare: $(INSTALLED) ## Compare backbones, knowledge and ablations over seeds: 
 	$(BIN)/python -m jobs.compare --config "$(RECIPE)" $(if $(DATA),--data.raw_uri "$(DATA)") $(if $(filter-out file,$(origin WORKSPACE)),--workspace_uri "$(WORKSPACE)")
 
 serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
-	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --port $(PORT)
+	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --auth off --port $(PORT)
 
 test: $(INSTALLED) ## Run the linter and the whole test suite.
 	$(BIN)/ruff check .

@@ -108,6 +108,7 @@ class Ranker:
             model_version=self.model_version,
             user_known=user_row > 0,
             knowledge_known=knowledge_known,
+            num_unknown_items=int((item_row_N == 0).sum()),
             results=results,
             timings_ms=Timings(
                 encode=(looked_up - started + encoded - generated) * 1000,

@@ -86,6 +86,7 @@ class RankResponse:
         model_version: Which model scored.
         user_known: Whether the user is in the model's user table.
         knowledge_known: Whether knowledge of this user was used.
+        num_unknown_items: Candidates whose id is not in the model's item table, those cut off by top_k included.
         results: Highest score first; ties keep the order of the request.
         timings_ms: Milliseconds of its parts.
     """
@@ -93,5 +94,6 @@ class RankResponse:
     model_version: str
     user_known: bool
     knowledge_known: bool
+    num_unknown_items: int
     results: list[RankedItem]
     timings_ms: Timings

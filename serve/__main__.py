@@ -21,6 +21,7 @@ from typing import Any
 
 from jobs.session import LOG_FORMAT, ray_session, user_message
 from llm4msr.config import ConfigError
+from serve.tokens import FILE_VARIABLE, TOKENS_VARIABLE, Tokens
 
 PROG = "python -m serve"
 APP_NAME = "ranker"
@@ -37,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         _check_place(options.host, options.port)
+        token = None if options.auth == "off" else Tokens(os.environ).example(os.environ)
         app = _build(options)
         print("Starting Ray Serve on this machine ...", flush=True)
         _stop_as_by_keyboard()
         with ray_session():
-            _serve(app, options.host, options.port)
+            _serve(app, options.host, options.port, token)
     except KeyboardInterrupt:
         return 0
     except Exception as error:
@@ -57,10 +59,12 @@ def _build(options: argparse.Namespace) -> Any:
     from serve.app import build_app
 
     chosen = {"checkpoint_uri": options.checkpoint_uri, "workspace_uri": options.workspace_uri}
+    # On a terminal the log would bury what is printed for people.
+    chosen |= {"auth": options.auth, "access_log": options.access_log}
     return build_app({name: value for name, value in chosen.items() if value is not None})
 
 
-def _serve(app: Any, host: str, port: int) -> None:
+def _serve(app: Any, host: str, port: int, token: str | None) -> None:
     from ray import serve as ray_serve
 
     _stop_as_by_keyboard()  # again: ray.init puts its own handler in place
@@ -69,7 +73,7 @@ def _serve(app: Any, host: str, port: int) -> None:
     ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
     ray_serve.run(app, name=APP_NAME, route_prefix="/", logging_config=quiet)
     try:
-        _announce(host, port)
+        _announce(host, port, token)
         threading.Event().wait()
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -85,6 +89,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint_uri", help="serve this checkpoint, local or s3://")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--auth",
+        choices=["tokens", "off"],
+        default="tokens",
+        help=f"tokens (default): callers need one of those in {TOKENS_VARIABLE} or {FILE_VARIABLE}; off: everybody may",
+    )
+    parser.add_argument("--access_log", action="store_true", help="a JSON line for every request on stderr")
     return parser.parse_args(argv)
 
 
@@ -116,19 +127,23 @@ def _stop_as_by_keyboard() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def _announce(host: str, port: int) -> None:
+def _announce(host: str, port: int, token: str | None) -> None:
     """Asks the server what it serves and prints it, with a request that works."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{reachable}:{port}"
-    with urllib.request.urlopen(f"{url}/v1/model", timeout=ANSWER_TIMEOUT_S) as answer:
+    asked = urllib.request.Request(f"{url}/v1/model")
+    if token is not None:
+        asked.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(asked, timeout=ANSWER_TIMEOUT_S) as answer:
         model: dict[str, Any] = json.load(answer)
     example = {name: value for name, value in model["example"].items() if value is not None}
     body = shlex.quote(json.dumps(example, ensure_ascii=False))
+    who = "" if token is None else " -H 'authorization: Bearer YOUR-TOKEN'"
     print(
         f"Serving {model['model_version']} ({model['num_users']} users, {model['num_items']} items) at {url}\n"
         f"Scenarios: {', '.join(s['name'] for s in model['scenarios'])}\n"
-        f"Describe:  curl -s {url}/v1/model\n"
-        f"Ask:       curl -s {url}/v1/rank -H 'content-type: application/json' -d {body}\n"
+        f"Describe:  curl -s {url}/v1/model{who}\n"
+        f"Ask:       curl -s {url}/v1/rank{who} -H 'content-type: application/json' -d {body}\n"
         "Stop:      Ctrl-C",
         flush=True,
     )

@@ -4,26 +4,32 @@
 of ``serve/config.yaml``, or ``python -m serve`` for one machine. It loads and tries the checkpoint itself before
 anything is deployed, so that a bad one ends with its own message and not with replicas that crash and restart.
 
-A deployed version is one checkpoint: a new report in the workspace is served after the next deployment, never by a
-replica that happened to restart. The API itself is in `serve.api`, without Ray.
+What is served is the deployment's ``user_config``: a new report in the workspace is served after the next deployment or
+`serve.rollout`, never by a replica that happened to restart. The API itself is in `serve.api`, without Ray.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+import logging
+import os
+import sys
+from typing import Annotated, Any, Literal
 
 import ray
 import torch
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
 
 from llm4msr import storage
 from llm4msr.config import ConfigError
-from llm4msr.ranker import Ranker
-from serve.api import build_api, example_request
-
-NUM_WARM_UP_ITEMS = 100
+from llm4msr.request import RequestError
+from serve.api import Limits, build_api
+from serve.candidates import read_candidate_sets
+from serve.gate import Gate, access_log
+from serve.metrics import Metrics
+from serve.served import Served, load_ranker
+from serve.tokens import Tokens
 
 
 class ServeArgs(BaseModel):
@@ -35,8 +41,20 @@ class ServeArgs(BaseModel):
     """Checkpoint to serve, local or s3://. Every node must be able to read it."""
     workspace_uri: str | None = None
     """Instead of checkpoint_uri: serve what the last pipeline of this workspace reported."""
+    auth: Literal["tokens", "off"] = "tokens"
+    """tokens: callers need one of those in LLM4MSR_TOKENS or the file LLM4MSR_TOKENS_FILE, on every node. off: none."""
     max_candidates: Annotated[int, Field(ge=1)] = 2000
-    """Most candidates in one request."""
+    """Most candidates in one ranking."""
+    max_batch: Annotated[int, Field(ge=1)] = 100
+    """Most rankings in one POST /v1/rank:batch."""
+    candidate_sets: dict[str, str] = {}
+    """By name, a JSON file with a list of items that a request may name instead of sending them."""
+    max_body_bytes: Annotated[int, Field(ge=1)] = 2**22
+    """Largest body of a request."""
+    max_in_flight: Annotated[int, Field(ge=1)] = 64
+    """Requests that a replica answers at a time; more are told to come back (503, Retry-After)."""
+    access_log: bool = True
+    """Whether every request leaves a JSON line in the replica's log."""
     num_replicas: Annotated[int, Field(ge=1)] | None = None
     """Fixed number of replicas; 1 when neither this nor min_replicas and max_replicas are given."""
     min_replicas: Annotated[int, Field(ge=1)] | None = None
@@ -100,21 +118,10 @@ def find_checkpoint(args: ServeArgs) -> str:
     return storage.join(storage.absolute(args.workspace_uri), report["checkpoint"])
 
 
-def load_ranker(checkpoint_uri: str) -> Ranker:
-    """Loads a checkpoint and scores one request with it, so that the first caller does not pay for torch's start.
-
-    Raises:
-        StorageError: The checkpoint is missing, unfinished or damaged.
-    """
-    ranker = Ranker.from_checkpoint(checkpoint_uri)
-    ranker.rank(example_request(ranker, NUM_WARM_UP_ITEMS))
-    return ranker
-
-
 @ray_serve.deployment(
     name="ranker",
-    # A replica scores one request at a time; more than a few waiting there are better sent to another replica.
-    max_ongoing_requests=16,
+    # Above max_in_flight, so that the replica itself refuses what is too much, with Retry-After.
+    max_ongoing_requests=100,
     # Beyond this the caller is told at once (503) instead of waiting for an answer that comes too late.
     max_queued_requests=200,
     # Start the new replica before the old one stops; with the default 0 a single replica is gone for a while.
@@ -123,23 +130,51 @@ def load_ranker(checkpoint_uri: str) -> Ranker:
 )
 @ray_serve.ingress()
 class RankerService:
-    """One replica: a ranker and its API.
+    """One replica: what is served, and its API. Its model is in its ``user_config``: see `serve.served.Choice`.
 
     Args:
-        checkpoint_uri: What to serve.
-        max_candidates: Most candidates in one request.
+        args: As of `build_app`.
     """
 
-    def __init__(self, checkpoint_uri: str, max_candidates: int) -> None:
+    def __init__(self, args: dict[str, Any]) -> None:
         # The replica's own share: a deployment file may give it other CPUs than build_app was told.
         num_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(num_cpus)))
-        self.max_candidates = max_candidates
-        self.ranker = load_ranker(checkpoint_uri)
+        self.args = parse_args(args)
+        self.tokens = None if self.args.auth == "off" else Tokens(os.environ)
+        self.limits = make_limits(self.args)
+        self.served = Served()
+        if self.args.access_log:
+            log_to_stderr(access_log)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serves what the configuration says, while requests go on; Ray Serve calls it before the first one too."""
+        await asyncio.to_thread(self.served.change, user_config)
+
+    def __serve_build_asgi_app__(self) -> Gate:
         """Returns the API of this replica; Ray Serve calls it once, after the constructor."""
-        return build_api(self.ranker, self.max_candidates)
+        api = build_api(self.served, self.limits)
+        return Gate(api, self.tokens, self.args.max_body_bytes, self.args.max_in_flight, Metrics())
+
+
+def make_limits(args: ServeArgs) -> Limits:
+    """Returns what a request may ask.
+
+    Raises:
+        ConfigError: A candidate set cannot be used.
+    """
+    sets = read_candidate_sets(args.candidate_sets, args.max_candidates)
+    return Limits(args.max_candidates, args.max_batch, sets)
+
+
+def log_to_stderr(log: logging.Logger) -> None:
+    """Makes a logger write bare lines to stderr, and nowhere else."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def build_app(args: dict[str, Any]) -> ray_serve.Application:
@@ -154,7 +189,12 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     """
     checked = parse_args(args)
     checkpoint_uri = find_checkpoint(checked)
-    load_ranker(checkpoint_uri)
+    ranker, limits = load_ranker(checkpoint_uri), make_limits(checked)
+    for name, items in limits.candidate_sets.items():
+        try:
+            ranker.item_rows(items, name)
+        except RequestError as error:
+            raise ConfigError(f"candidate_sets.{name}: {error}") from error
     if checked.min_replicas is not None:
         scaling = {
             "autoscaling_config": {
@@ -165,5 +205,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
         }
     else:
         scaling = {"num_replicas": checked.num_replicas or 1}
-    service = RankerService.options(ray_actor_options={"num_cpus": checked.num_cpus}, **scaling)
-    return service.bind(checkpoint_uri, checked.max_candidates)
+    service = RankerService.options(
+        ray_actor_options={"num_cpus": checked.num_cpus}, user_config={"checkpoint_uri": checkpoint_uri}, **scaling
+    )
+    return service.bind(checked.model_dump())

@@ -32,6 +32,8 @@ class OneMessage:
         )
 
 
+# A float field would take text in no mode but whole numbers in all; JSON does not tell 1 from 1.0.
+Number = int | float
 Key = Annotated[int | str, OneMessage("id_type", "an id is a whole number or text")]
 ContextValue = Annotated[
     int | float | str | list[int | float | str],
@@ -76,8 +78,10 @@ class RankBody(Closed):
     """Raw user id, of the type of the data. An unknown user is scored, with user_known false."""
     scenario: str
     """Name of a scenario of the model: see GET /v1/model."""
-    items: Annotated[list[Key], Field(min_length=1)]
-    """Raw item ids of the candidates. An unknown item is scored, with known false."""
+    items: Annotated[list[Key], Field(min_length=1)] | None = None
+    """Raw item ids of the candidates. An unknown item is scored, with known false. Or give candidate_set."""
+    candidate_set: str | None = None
+    """Instead of items: the name of a set that the server was started with; see GET /v1/model."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Number of results, the best first; all when left out."""
     context: dict[str, ContextValue] | None = None
@@ -87,8 +91,15 @@ class RankBody(Closed):
     """What the user liked, oldest first, instead of what the model's data know of the user. Left out, these are used;
     an empty list is a user without likes. For models with features of kind history, and those whose users' vectors are
     made of items' vectors: then a user whom the model does not know gets knowledge too."""
-    knowledge: Annotated[list[float], Field(max_length=MAX_KNOWLEDGE)] | None = None
+    knowledge: Annotated[list[Number], Field(max_length=MAX_KNOWLEDGE)] | None = None
     """The user's vector as the language model made it, instead of the model's own."""
+
+
+class BatchBody(Closed):
+    """Rankings for several users, or scenarios."""
+
+    requests: Annotated[list[RankBody], Field(min_length=1)]
+    """Each as for POST /v1/rank. If one cannot be answered, none is."""
 
 
 class RankedItemReply(Closed):
@@ -132,6 +143,60 @@ class RankReply(Closed):
     """Highest score first; ties keep the order of the request."""
     timings_ms: TimingsReply
     """Where the time went."""
+
+
+class BatchReply(Closed):
+    """The rankings."""
+
+    rankings: list[RankReply]
+    """In the order of the requests."""
+
+
+class ErrorPart(BaseModel):
+    """One fault of a request."""
+
+    type: str
+    """Kind of fault."""
+    loc: list[str | int]
+    """Where it is: body, field, place in a list. Empty: not in the body."""
+    msg: str
+    """What would be valid."""
+    input: Any = None
+    """What was found, if it is short."""
+
+
+class ErrorReply(BaseModel):
+    """A refused request."""
+
+    detail: list[ErrorPart]
+    """All that was found, at most twenty."""
+
+
+class FailureReply(BaseModel):
+    """A request that the server failed to answer."""
+
+    detail: str
+    """That it failed; why is in the server's log, under the request's id."""
+
+
+class RefusedReply(Closed):
+    """A checkpoint that was to be served and is not."""
+
+    checkpoint_uri: str
+    """As asked."""
+    reason: str
+    """Why it cannot be served."""
+
+
+class CanaryReply(Closed):
+    """The second model."""
+
+    model_version: str
+    """The run that made it."""
+    share: float
+    """Share of the users for whom it is asked."""
+    mode: Literal["shadow", "answer"]
+    """shadow: it scores beside the served one. answer: it answers for its share."""
 
 
 class ScenarioReply(Closed):
@@ -179,6 +244,18 @@ class ModelReply(Closed):
     """Items in the model's table."""
     max_candidates: int
     """Most candidates that one request may hold."""
+    candidate_sets: dict[str, int]
+    """Named sets of candidates, and how many items each has."""
+    max_batch: int
+    """Most requests in one POST /v1/rank:batch."""
+    knowledge_dim: int | None
+    """Numbers of a vector in a request's field knowledge; null for a model that reads no knowledge of users."""
+    reads_history: bool
+    """Whether a request's field history is read."""
+    refused: RefusedReply | None
+    """What the last change of this server asked for and did not get; null if nothing was refused."""
+    canary: CanaryReply | None
+    """A second model beside this one."""
     training: dict[str, Any]
     """How the model was trained: AUC on the validation split, digest of the prepared data, seed, and so on."""
     example: RankBody

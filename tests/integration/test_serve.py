@@ -63,9 +63,10 @@ def client(ray_cluster, checkpoint_uri, text_checkpoint_uri):
     config = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
     (application,) = config["applications"]
-    application["args"] = {"checkpoint_uri": checkpoint_uri, "max_candidates": 100}
+    application["args"] = {"checkpoint_uri": checkpoint_uri, "max_candidates": 100, "auth": "off"}
     text = {"name": "text", "route_prefix": "/text", "import_path": application["import_path"]}
-    config["applications"].append({**text, "args": {"checkpoint_uri": text_checkpoint_uri, "num_cpus": 0.5}})
+    text["args"] = {"checkpoint_uri": text_checkpoint_uri, "num_cpus": 0.5, "auth": "off"}
+    config["applications"].append(text)
     ray_serve.start(http_options=config["http_options"])
     try:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
@@ -199,7 +200,7 @@ def test_text_ids(client):
         ({"context": {"price": "5"}}, ["context"], "price is numeric, found '5'"),
         ({"context": {"price": 1e300}}, ["context"], "price is 1e+300, more than 1e+06 standard deviations"),
         ({"context": {"price": None}}, ["context", "price"], "a context value is a number, text, or a list of them"),
-        ({"k": 3}, ["k"], "no such field; valid: user, scenario, items, top_k, context"),
+        ({"k": 3}, ["k"], "no such field; valid: user, scenario, items, candidate_set, top_k, context"),
     ],
 )
 def test_refusals(client, change, place, message):
@@ -215,7 +216,10 @@ def test_missing_fields_are_all_named(client):
     answer = client.post("/v1/rank", json={})
 
     assert answer.status_code == 422
-    assert [e["loc"] for e in answer.json()["detail"]] == [["body", "user"], ["body", "scenario"], ["body", "items"]]
+    assert [e["loc"] for e in answer.json()["detail"]] == [["body", "user"], ["body", "scenario"]]
+    answer = client.post("/v1/rank", json={"user": 1000, "scenario": "rec"})
+    (error,) = answer.json()["detail"]
+    assert (error["loc"], error["msg"]) == (["body", "items"], "give either items or candidate_set")
 
 
 def test_what_is_not_json(client):
@@ -258,13 +262,17 @@ def processes_of(mark: str) -> dict[int, str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_the_command(checkpoint_uri, tmp_path, number):
-    """Starts, says what to do, answers what it proposed, and leaves nothing running."""
+    """Starts, says what to do, answers what it proposed, and leaves nothing running; once with tokens, once without."""
     shutil.copytree(checkpoint_uri, tmp_path / "runs" / "x")
     storage.write_json(str(tmp_path / "report.json"), {"checkpoint": "runs/x"})
     port, mark = free_port(), f"SERVE_TEST_MARK={tmp_path}"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= dict([mark.split("=", 1)])
     command = [sys.executable, "-m", "serve", "--workspace_uri", str(tmp_path), "--port", str(port)]
+    if number == signal.SIGTERM:
+        environment["LLM4MSR_TOKENS"] = "a-valid-token-0123456"
+    else:
+        command += ["--auth", "off"]
     output = tmp_path / "output.txt"
     with output.open("w") as file:
         server = subprocess.Popen(
@@ -278,8 +286,14 @@ def test_the_command(checkpoint_uri, tmp_path, number):
             time.sleep(0.1)
         said = output.read_text()
         assert f"Serving tiny-0 (40 users, 30 items) at http://127.0.0.1:{port}\n" in said
-        proposed = re.search(r"Ask: +curl -s (\S+) -H 'content-type: application/json' -d '(.*)'\n", said)
-        answer = httpx.post(proposed[1], json=json.loads(proposed[2]), timeout=30).json()
+        proposed = re.search(
+            r"Ask: +curl -s (\S+)( -H '(.+): (.+)')? -H 'content-type: application/json' -d '(.*)'\n", said
+        )
+        headers, body = {}, json.loads(proposed[5])
+        if number == signal.SIGTERM:
+            assert httpx.post(proposed[1], json=body, timeout=30).status_code == 401
+            headers[proposed[3]] = proposed[4].replace("YOUR-TOKEN", environment["LLM4MSR_TOKENS"])
+        answer = httpx.post(proposed[1], json=body, headers=headers, timeout=30).json()
         assert len(answer["results"]) == 5
         assert answer["user_known"] and all(r["known"] for r in answer["results"])
 
