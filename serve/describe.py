@@ -32,6 +32,7 @@ def describe(served: Served, limits: Limits) -> ModelReply:
         item_key_type=schema.item_key_type,
         num_users=checkpoint.users.num_rows,
         num_items=checkpoint.items.num_rows,
+        checkpoint_uri=choice.checkpoint_uri,
         max_candidates=limits.max_candidates,
         max_batch=limits.max_batch,
         candidate_sets={name: len(items) for name, items in limits.candidate_sets.items()},
@@ -39,7 +40,12 @@ def describe(served: Served, limits: Limits) -> ModelReply:
         reads_history=bool(schema.history_columns) or ranker.makes_vectors,
         refused=refused and RefusedReply(checkpoint_uri=refused.checkpoint_uri, reason=refused.reason),
         canary=canary
-        and CanaryReply(model_version=canary.model_version, share=choice.canary.share, mode=choice.canary.mode),
+        and CanaryReply(
+            checkpoint_uri=choice.canary.checkpoint_uri,
+            model_version=canary.model_version,
+            share=choice.canary.share,
+            mode=choice.canary.mode,
+        ),
         training={name: value for name, value in metadata.items() if name not in NOT_TRAINING},
         example=RankBody(user=example.user, scenario=example.scenario, items=list(example.items)),
     )

@@ -191,6 +191,8 @@ class RefusedReply(Closed):
 class CanaryReply(Closed):
     """The second model."""
 
+    checkpoint_uri: str
+    """Its checkpoint."""
     model_version: str
     """The run that made it."""
     share: float
@@ -244,6 +246,8 @@ class ModelReply(Closed):
     """Items in the model's table."""
     max_candidates: int
     """Most candidates that one request may hold."""
+    checkpoint_uri: str
+    """The checkpoint that is served."""
     candidate_sets: dict[str, int]
     """Named sets of candidates, and how many items each has."""
     max_batch: int
