@@ -28,6 +28,7 @@ NAMES = (
     "train_growth",
     "train_workers",
     "train_gpu",
+    "ranker",
 )
 
 
