@@ -29,6 +29,7 @@ NAMES = (
     "train_workers",
     "train_gpu",
     "ranker",
+    "serve_latency",
 )
 
 
