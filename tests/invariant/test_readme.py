@@ -17,7 +17,10 @@ from serve.schemas import RankBody
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/lab-notes.md")]
+DOCUMENTS = [
+    REPOSITORY / name
+    for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/lab-notes.md", "docs/serving.md")
+]
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 CURL = [line for line in COMMANDS if line.startswith("curl ")]
 
