@@ -8,6 +8,7 @@
 * runs/<name>-<digest>/             one training run with its checkpoint
 * runs/tune-<digest>/               one search of jobs.tune: its trials, and best.toml
 * compare-<digest>/                 one comparison of jobs.compare: rows, tables, plots and report.html
+* scores/<digest>/                  one batch of jobs.score
 * report.json                       the last pipeline's report
 """
 
@@ -62,3 +63,27 @@ def runs_root(config: Config) -> str:
 def report_uri(config: Config) -> str:
     """Returns the place of the report."""
     return storage.join(storage.absolute(config.workspace_uri), "report.json")
+
+
+def scores_root(config: Config) -> str:
+    """Returns the directory that holds scored batches."""
+    return storage.join(storage.absolute(config.workspace_uri), "scores")
+
+
+def reported_checkpoint_uri(workspace_uri: str) -> str:
+    """Returns the checkpoint that a workspace's report names, a local one as an absolute path.
+
+    Raises:
+        StorageError: The workspace holds no report, or one without a checkpoint.
+    """
+    root = storage.absolute(workspace_uri)
+    place = storage.join(root, "report.json")
+    if not storage.exists(place):
+        raise storage.StorageError(
+            f"{place}: no such file, so there is nothing to serve: run make demo, or python -m jobs.pipeline "
+            "with this workspace_uri, first"
+        )
+    report = storage.read_json(place)
+    if not isinstance(report, dict) or "checkpoint" not in report:
+        raise storage.StorageError(f"{place}: names no checkpoint: it was not written by jobs.pipeline")
+    return storage.join(root, report["checkpoint"])

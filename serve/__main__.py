@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         _check_place(options.host, options.port)
-        token = None if options.auth == "off" else Tokens(os.environ).example(os.environ)
         app = _build(options)
+        token = None if options.auth == "off" else Tokens(os.environ).example(os.environ)
         print("Starting Ray Serve on this machine ...", flush=True)
         _stop_as_by_keyboard()
         with ray_session():

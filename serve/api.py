@@ -23,7 +23,10 @@ from llm4msr import __version__
 from llm4msr.request import Key, LikedItem, RankRequest, RankResponse, RequestError
 from serve.describe import describe
 from serve.errors import add_handlers
+from serve.explain import Explainer, KnowledgeSource, build_router
+from serve.explain_schemas import CompareBody
 from serve.gate import FACTS
+from serve.page import add_page
 from serve.schemas import (
     BatchBody,
     BatchReply,
@@ -63,8 +66,14 @@ class Limits:
     candidate_sets: Mapping[str, list[Key]] = field(default_factory=dict)
 
 
-def build_api(served: Served, limits: Limits) -> FastAPI:
-    """Builds the application."""
+def build_api(served: Served, limits: Limits, source: KnowledgeSource | None = None) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        served: What answers.
+        limits: What a request may ask.
+        source: Where the prompts behind the model's knowledge are.
+    """
     api = FastAPI(
         title="llm4msr ranker",
         summary="Scores and ranks candidate items for one user in one scenario.",
@@ -107,6 +116,10 @@ def build_api(served: Served, limits: Limits) -> FastAPI:
         """Tells that this replica has its model loaded, checked and warm: before that it does not answer at all."""
         return HealthReply(model_version=served.ranker.model_version)
 
+    explainer = Explainer(served, source or KnowledgeSource())
+    refusals = {status: REFUSALS[status] for status in (401, 422, 500, 503)}
+    api.include_router(build_router(explainer, lambda body: _candidates(limits, body), refusals))
+    add_page(api)
     add_handlers(api)
     return api
 
@@ -128,7 +141,7 @@ def _rank(served: Served, limits: Limits, body: RankBody, request: Request) -> R
     )
 
 
-def _candidates(limits: Limits, body: RankBody) -> list[Key]:
+def _candidates(limits: Limits, body: RankBody | CompareBody) -> list[Key]:
     if (body.items is None) == (body.candidate_set is None):
         raise RequestError("items", "give either items or candidate_set")
     if body.candidate_set is not None:

@@ -24,8 +24,10 @@ from ray import serve as ray_serve
 from llm4msr import storage
 from llm4msr.config import ConfigError
 from llm4msr.request import RequestError
+from llm4msr.workspace import reported_checkpoint_uri
 from serve.api import Limits, build_api
 from serve.candidates import read_candidate_sets
+from serve.explain import KnowledgeSource
 from serve.gate import Gate, access_log
 from serve.metrics import Metrics
 from serve.served import Served, load_ranker
@@ -41,6 +43,9 @@ class ServeArgs(BaseModel):
     """Checkpoint to serve, local or s3://. Every node must be able to read it."""
     workspace_uri: str | None = None
     """Instead of checkpoint_uri: serve what the last pipeline of this workspace reported."""
+    knowledge_uri: str | None = None
+    """Where jobs.extract left the model's knowledge, WORKSPACE/knowledge/NAME: explanations show its prompts. Left out,
+    workspace_uri is looked into."""
     auth: Literal["tokens", "off"] = "tokens"
     """tokens: callers need one of those in LLM4MSR_TOKENS or the file LLM4MSR_TOKENS_FILE, on every node. off: none."""
     max_candidates: Annotated[int, Field(ge=1)] = 2000
@@ -106,16 +111,7 @@ def find_checkpoint(args: ServeArgs) -> str:
     """
     if args.checkpoint_uri is not None:
         return storage.absolute(args.checkpoint_uri)
-    report_uri = storage.join(storage.absolute(args.workspace_uri), "report.json")
-    if not storage.exists(report_uri):
-        raise storage.StorageError(
-            f"{report_uri}: no such file, so there is nothing to serve: run make demo, or python -m jobs.pipeline "
-            "with this workspace_uri, first"
-        )
-    report = storage.read_json(report_uri)
-    if not isinstance(report, dict) or "checkpoint" not in report:
-        raise storage.StorageError(f"{report_uri}: names no checkpoint: it was not written by jobs.pipeline")
-    return storage.join(storage.absolute(args.workspace_uri), report["checkpoint"])
+    return reported_checkpoint_uri(args.workspace_uri)
 
 
 @ray_serve.deployment(
@@ -153,7 +149,8 @@ class RankerService:
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Returns the API of this replica; Ray Serve calls it once, after the constructor."""
-        api = build_api(self.served, self.limits)
+        source = KnowledgeSource(self.args.knowledge_uri, self.args.workspace_uri)
+        api = build_api(self.served, self.limits, source)
         return Gate(api, self.tokens, self.args.max_body_bytes, self.args.max_in_flight, Metrics())
 
 
@@ -195,6 +192,8 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
             ranker.item_rows(items, name)
         except RequestError as error:
             raise ConfigError(f"candidate_sets.{name}: {error}") from error
+    if checked.knowledge_uri is not None:
+        KnowledgeSource(checked.knowledge_uri).open(ranker)  # a wrong place ends here, not in every explanation
     if checked.min_replicas is not None:
         scaling = {
             "autoscaling_config": {
@@ -208,4 +207,7 @@ def build_app(args: dict[str, Any]) -> ray_serve.Application:
     service = RankerService.options(
         ray_actor_options={"num_cpus": checked.num_cpus}, user_config={"checkpoint_uri": checkpoint_uri}, **scaling
     )
-    return service.bind(checked.model_dump())
+    # Replicas have another working directory.
+    places = {name: getattr(checked, name) for name in ("workspace_uri", "knowledge_uri")}
+    absolute = {name: storage.absolute(uri) for name, uri in places.items() if uri is not None}
+    return service.bind(checked.model_dump() | absolute)

@@ -12,10 +12,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from llm4msr.request import RequestError
+from serve.explain_schemas import CompareBody
 from serve.schemas import BatchBody, LikedBody, RankBody
 
 logger = logging.getLogger("llm4msr.serve")
 MAX_ECHOED_CHARACTERS = 200
+BODIES = {"rank:batch": BatchBody, "compare": CompareBody}
 MAX_ERRORS = 20
 
 
@@ -46,7 +48,7 @@ def _explain(found: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Rewrites one validation error where FastAPI's own words do not tell the caller what to do."""
     kind, place, message, given = found["type"], list(found["loc"]), found["msg"], found.get("input")
     if kind == "extra_forbidden":
-        outermost = BatchBody if path.endswith(":batch") and len(place) == 2 else RankBody
+        outermost = BODIES.get(path.rsplit("/", 1)[-1], RankBody) if len(place) == 2 else RankBody
         fields = (LikedBody if "history" in place[:-1] else outermost).model_fields
         message = f"no such field; valid: {', '.join(fields)}"
     elif kind == "json_invalid":

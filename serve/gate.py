@@ -23,7 +23,7 @@ from serve.tokens import Tokens
 access_log = logging.getLogger("llm4msr.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/healthz", "/readyz"})
 RETRY_AFTER_S = 1
 FACTS = "facts"  # key of a request's state, where the application says what it found
 

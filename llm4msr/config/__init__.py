@@ -22,6 +22,7 @@ from llm4msr.config.data import (
 )
 from llm4msr.config.knowledge import KnowledgeConfig, OpenAIConfig
 from llm4msr.config.model import CONTROLS, ExperimentConfig, MetaConfig, ModelConfig, TrainConfig
+from llm4msr.config.score import ScoreConfig
 from llm4msr.config.tune import TuneConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "MovieLensConfig",
     "OpenAIConfig",
+    "ScoreConfig",
     "Section",
     "SplitConfig",
     "SyntheticConfig",
@@ -80,6 +82,8 @@ class Config(BaseSettings):
     """What jobs.tune searches."""
     compare: CompareConfig = CompareConfig()
     """What jobs.compare compares."""
+    score: ScoreConfig = ScoreConfig()
+    """What jobs.score scores."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

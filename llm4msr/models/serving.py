@@ -11,7 +11,7 @@ D input width, R rank, H output width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 8192
 MIN_LENGTH = 1e-12  # as in torch's normalize
 PROJECTED_BYTES = 2**28  # of what is kept for all items; more are condensed anew in each request
+# What a score can be made without: see `ServingModel.parts`.
+PARTS = ("user_level", "scenario_level", "match", "item_knowledge")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,25 @@ class UserLayers:
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     direction_K: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A score and what it is made of.
+
+    Attributes:
+        logit_B: The logits.
+        x_BD: The backbone's input before the user's meta layers.
+        h_BD: The same after them; x_BD itself in a model without such layers.
+        match_B1: Cosine of user and item, scaled as the model reads it; None in a model that matches nothing.
+        scenario_logit_B: What the scenario's meta layers add to the backbone's logit; None where nothing is added.
+    """
+
+    logit_B: torch.Tensor
+    x_BD: torch.Tensor
+    h_BD: torch.Tensor
+    match_B1: torch.Tensor | None
+    scenario_logit_B: torch.Tensor | None
 
 
 class ServingModel:
@@ -94,7 +115,6 @@ class ServingModel:
         tensors = [tensor for layer in user.layers for tensor in layer]
         return sum(t.nbytes for t in (*tensors, user.direction_K) if t is not None)
 
-    @torch.inference_mode()
     def __call__(self, batch: Batch, user: UserLayers, item_B: torch.Tensor, scenario: int) -> torch.Tensor:
         """Returns logit_B.
 
@@ -104,19 +124,40 @@ class ServingModel:
             item_B: Row of the items' vectors of each candidate, int64.
             scenario: Index of the scenario.
         """
-        model, parts = self.model, [self.model.embedding(batch)]
+        return self.parts(batch, user, item_B, scenario).logit_B
+
+    @torch.inference_mode()
+    def parts(
+        self, batch: Batch, user: UserLayers, item_B: torch.Tensor, scenario: int, without: Set[str] = frozenset()
+    ) -> Parts:
+        """Returns the logits and what they are made of.
+
+        Args:
+            batch: As for a call, likewise the next three.
+            user: See there.
+            item_B: See there.
+            scenario: See there.
+            without: Of `PARTS`, what to leave out, each without a change to the others. user_level: the layers are
+                those of a user without knowledge. scenario_level: their logit is not added. match: the input is 0, its
+                mean. item_knowledge: the items have the projection of one without knowledge.
+        """
+        model, parts, match_B1, scenario_logit_B = self.model, [self.model.embedding(batch)], None, None
         if model.item_knowledge is not None:
-            parts.append(self._projected(item_B))
+            parts.append(self._projected(torch.zeros_like(item_B) if "item_knowledge" in without else item_B))
         if model.match is not None:
-            parts.append(self._match(user, item_B))
+            match_B1 = torch.zeros(len(item_B), 1) if "match" in without else self._match(user, item_B)
+            parts.append(match_B1)
         x_BD = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        h_BD = x_BD
         if model.user_meta is not None:
-            x_BD = model.user_meta.apply_generated(x_BD, user.layers)
-        logit_B = model.backbone(x_BD, batch.scenario_B)
-        if model.scenario_meta is not None:
-            first = model.scenario_meta.layers[0].shared_part(x_BD)
-            logit_B = logit_B + model.scenario_meta.apply_generated(first, self.scenario_layers[scenario])
-        return logit_B
+            layers = self.user_layers(None).layers if "user_level" in without else user.layers
+            h_BD = model.user_meta.apply_generated(x_BD, layers)
+        logit_B = model.backbone(h_BD, batch.scenario_B)
+        if model.scenario_meta is not None and "scenario_level" not in without:
+            first = model.scenario_meta.layers[0].shared_part(h_BD)
+            scenario_logit_B = model.scenario_meta.apply_generated(first, self.scenario_layers[scenario])
+            logit_B = logit_B + scenario_logit_B
+        return Parts(logit_B, x_BD, h_BD, match_B1, scenario_logit_B)
 
     def _projected(self, item_B: torch.Tensor) -> torch.Tensor:
         if self.item_NP is not None:

@@ -35,8 +35,11 @@ LAYERS = {
     "llm4msr.training": 2,
     "llm4msr.ranker": 2,
     "llm4msr.golden": 2,
+    "llm4msr.explaining": 2,
+    "llm4msr.subjects": 2,
     "llm4msr.evaluation": 2,
     "llm4msr.comparison": 3,  # trains, evaluates and reports many runs
+    "llm4msr.scoring": 3,
     "jobs": 4,
     "serve": 4,
 }
@@ -63,6 +66,7 @@ ONLY_IN = {
         "llm4msr.training.stop",
         "llm4msr.training.tune",
         "llm4msr.comparison.run",
+        "llm4msr.scoring.pipeline",
     },
     "transformers": {"llm4msr.knowledge.engines.encoder"},
     # An extra of its own, which nothing else may need.
@@ -216,7 +220,8 @@ PLANTED = {
             "llm4msr.data.features imports ray.data; ray belongs in llm4msr.comparison.run, llm4msr.data.pipeline, "
             "llm4msr.knowledge.actors, "
             "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, "
-            "llm4msr.knowledge.prompt_stage, llm4msr.training.run, llm4msr.training.stop, llm4msr.training.tune"
+            "llm4msr.knowledge.prompt_stage, llm4msr.scoring.pipeline, llm4msr.training.run, llm4msr.training.stop, "
+            "llm4msr.training.tune"
         ],
     ),
     "llm4msr/data/pipeline.py": ("import ray\nfrom llm4msr.data import csv\n", []),

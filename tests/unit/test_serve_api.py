@@ -119,7 +119,8 @@ def test_pages_that_load_scripts_from_elsewhere_are_off(send):
     assert send("GET", "/docs").status_code == 404
     assert send("GET", "/redoc").status_code == 404
     openapi = send("GET", "/openapi.json").json()
-    assert set(openapi["paths"]) == {"/v1/rank", "/v1/rank:batch", "/v1/model", "/healthz", "/readyz"}
+    for_people = {"/v1/explain", "/v1/compare", "/v1/user", "/v1/users", "/v1/items"}
+    assert set(openapi["paths"]) == {"/v1/rank", "/v1/rank:batch", "/v1/model", "/healthz", "/readyz"} | for_people
     assert openapi["components"]["schemas"]["RankBody"]["examples"][0]["scenario"] == "search"
     assert "422" in openapi["paths"]["/v1/rank"]["post"]["responses"]
 
