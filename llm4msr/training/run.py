@@ -24,7 +24,7 @@ from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInter
 
 logger = logging.getLogger("llm4msr.training")
 
-TRAIN_VERSION = 4  # part of a run's digest: with other code, a finished run is not the same run
+TRAIN_VERSION = 5  # part of a run's digest: with other code, a finished run is not the same run
 # What a run's result does not depend on, but for rounding and for which weights dropout hides.
 HOW_NOT_WHAT = {
     "num_workers",
