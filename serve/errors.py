@@ -57,7 +57,7 @@ def _explain(found: Mapping[str, Any], path: str) -> dict[str, Any]:
     elif isinstance(given, bytes):  # FastAPI hands on the raw body when the header does not announce JSON
         message, given = "send JSON, with the header content-type: application/json", None
     elif kind == "model_attributes_type":
-        message = f"{'the body' if place == ['body'] else 'each of them'} must be a JSON object"
+        message = f"{_what(place)} must be a JSON object"
     elif kind == "missing" and place == ["body"]:
         message = "the request has no body: send a JSON object"
     explained = {"type": kind, "loc": place, "msg": message}
@@ -67,6 +67,12 @@ def _explain(found: Mapping[str, Any], path: str) -> dict[str, Any]:
     elif isinstance(given, str):
         explained["input"] = given[:MAX_ECHOED_CHARACTERS]
     return explained
+
+
+def _what(place: list[Any]) -> str:
+    if place == ["body"]:
+        return "the body"
+    return "each like" if "history" in place else "each request"
 
 
 def _json(status: int, content: Any) -> Response:

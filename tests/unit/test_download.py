@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from llm4msr.data import download as engine
 from llm4msr.data.catalogue import DATA_SETS, DataSet, RemoteFile, find_data_set
 from llm4msr.data.http import DownloadError
 from llm4msr.data.source import DataError
+from llm4msr.settings import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -171,8 +171,8 @@ def test_recipes_look_where_the_download_lands():
         ("kuaisar_small.toml", "kuaisar-small"),
         ("kuaisar.toml", "kuaisar"),
     ):
-        text = (REPOSITORY / "jobs" / "recipes" / recipe).read_text(encoding="utf-8")
-        place = tomllib.loads(text)["data"]["raw_uri"]
+        path = REPOSITORY / "jobs" / "recipes" / recipe
+        text, place = path.read_text(encoding="utf-8"), load_config(["--config", str(path)], environ={}).data.raw_uri
         assert place == storage.join("data", name, DATA_SETS[name].raw_folder).rstrip("/")
         assert f"python -m jobs.download {name} --to data" in text
 

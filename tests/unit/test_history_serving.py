@@ -20,7 +20,8 @@ from llm4msr.training.checkpoint import load_checkpoint
 from llm4msr.training.loop import train_worker
 from llm4msr.training.reader import list_row_groups, read_row_group
 from llm4msr.training.task import TrainTask
-from serve.api import build_api
+from serve.api import Limits, build_api
+from serve.served import Served
 
 TOLERANCE = 1e-6
 
@@ -153,7 +154,9 @@ def test_a_model_without_histories_refuses_one(tmp_path):
 
 
 def test_over_http(prepared, ranker, rows):
-    api = build_api(ranker, max_candidates=50)
+    served = Served()
+    served.change({"checkpoint_uri": ranker.checkpoint.uri})
+    api = build_api(served, Limits())
 
     def post(**body) -> httpx.Response:
         async def call() -> httpx.Response:

@@ -152,7 +152,7 @@ def test_a_batch_answers_as_its_requests_one_by_one(send):
         ([], ["body", "requests"], "List should have at least 1 item"),
         ([GOOD, {**GOOD, "scenario": "x"}], ["body", "requests", 1, "scenario"], "no scenario 'x'; valid: rec, search"),
         ([GOOD, {**GOOD, "itms": []}], ["body", "requests", 1, "itms"], "no such field; valid: user, scenario, items"),
-        ([GOOD, 3], ["body", "requests", 1], "each of them must be a JSON object"),
+        ([GOOD, 3], ["body", "requests", 1], "each request must be a JSON object"),
     ],
 )
 def test_a_batch_that_cannot_be_answered_names_the_request(send, requests, loc, message):
