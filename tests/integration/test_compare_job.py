@@ -24,7 +24,7 @@ from llm4msr.comparison.report import write_report
 from llm4msr.comparison.run import is_done, item_mean, run_resources, train_all
 from llm4msr.config import Config, ConfigError
 from llm4msr.evaluation import evaluate_checkpoint
-from llm4msr.settings import config_from_dict
+from llm4msr.settings import config_from_dict, load_config
 from llm4msr.training.task import TrainingError, TrainingInterrupted
 
 SMALL = {"backbones": ["star"], "knowledge": ["none"], "learning_rates": [0.003]}
@@ -359,10 +359,16 @@ def test_failed_runs_are_an_exit_status(ray_cluster, tmp_path, monkeypatch, caps
     settings["compare"] = SMALL | {"learning_rates": [1e6, 0.003]}
     recipe = processes.write_recipe(tmp_path / "recipe.toml", settings)
     monkeypatch.setattr("sys.argv", ["compare", "--config", str(recipe)])
+    assert job.main() == 0  # a learning rate that diverges is none where another one is there
+    assert "failed: " not in capsys.readouterr().out
+    argv = ["--config", str(recipe), "--experiment.seeds", "[0, 1]"]
+    (model,) = plan_comparison(load_config(argv, environ={})).models
+    planted = block(model.runs[0.003][1])
+    monkeypatch.setattr("sys.argv", ["compare", *argv])
     assert job.main() == 1
     printed = capsys.readouterr().out
-    assert "failed: " in printed and list((tmp_path / "ws").glob("compare-*/report.html"))
-    monkeypatch.setattr("sys.argv", ["compare", "--config", str(recipe), "--compare.learning_rates", "[0.003]"])
+    assert f"{model.runs[0.003][1].name} failed: " in printed and list((tmp_path / "ws").glob("compare-*/report.html"))
+    planted.unlink()
     assert job.main() == 0
 
 

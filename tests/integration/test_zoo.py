@@ -29,7 +29,8 @@ from llm4msr.training.reader import list_row_groups, read_row_group
 from llm4msr.training.saving import save_checkpoint
 from llm4msr.training.task import TrainTask
 from llm4msr.training.tensors import write_tensors
-from serve.api import build_api
+from serve.api import Limits, build_api
+from serve.served import Served
 
 KNOWLEDGE = ("none", "llm")
 KNOWLEDGE_WIDTH = 16
@@ -167,7 +168,9 @@ class TestEveryBackbone:
 def test_over_http(train, backbone, kind):
     checkpoint_uri, _ = train(backbone, kind)
     ranker = Ranker.from_checkpoint(checkpoint_uri)
-    api = build_api(ranker, max_candidates=50)
+    served = Served()
+    served.change({"checkpoint_uri": checkpoint_uri})
+    api = build_api(served, Limits())
 
     async def call(method: str, path: str, **content) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://ranker") as client:
