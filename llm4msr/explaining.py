@@ -139,23 +139,14 @@ def scores_without_knowledge(ranker: Ranker, user: Key, scenario: str, items: Se
 def _parts(ranker: Ranker, user: Key, scenario: str, items: Sequence[Key], without: Set[str] = frozenset()) -> Parts:
     """Scores candidates of a request without context, as `Ranker.rank` does, and keeps the parts."""
     checkpoint, num_rows = ranker.checkpoint, len(items)
-    collator, knowledge = checkpoint.collator, checkpoint.knowledge
     user_row, item_row_N = int(ranker.user_rows([user], "user")[0]), ranker.item_rows(items, "items")
     index = checkpoint.schema.scenario_names.index(scenario)
-    rows = {
-        "row_id": np.arange(num_rows),
-        "user_row": np.full(num_rows, user_row),
-        "item_row": item_row_N,
-        "scenario": np.full(num_rows, index),
-        "label": np.zeros(num_rows),
-        **ranker.context({}, num_rows),
-    }
-    for log, column in collator.history_columns.items():
-        rows[column] = np.full(num_rows, collator.logs[log].num_likes(user_row))
-    layers = ranker.user_layers(int(knowledge.user_index_N[user_row]) if checkpoint.model.reads_users else 0)
-    vector_N = np.zeros(num_rows) if knowledge is None else knowledge.item_index_N[item_row_N]
-    vectors = torch.from_numpy(vector_N.astype(np.int64))
-    return ranker.serving.parts(collator.features(rows), layers, vectors, index, without)
+    user_row_N, scenario_N = np.full((2, num_rows), [[user_row], [index]], np.int32)
+    rows = ranker.rows(user_row_N, item_row_N, scenario_N, ranker.context({}, num_rows))
+    layers = ranker.user_layers(int(checkpoint.knowledge.user_index_N[user_row]) if checkpoint.model.reads_users else 0)
+    return ranker.serving.parts(
+        checkpoint.collator.features(rows), layers, ranker.vector_rows(item_row_N), index, without
+    )
 
 
 def _without(name: str, parts: Parts) -> Without:

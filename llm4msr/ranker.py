@@ -91,7 +91,9 @@ class Ranker:
         # Each distinct row is scored once: batched sums may differ in the last bit from one place of a batch to
         # another, and the same item (or two unknown ones) must not get two scores.
         distinct_U, index_N = np.unique(item_row_N, return_inverse=True)
-        rows = self._rows(request, user_row, distinct_U, names.index(request.scenario))
+        num_rows = len(distinct_U)
+        user_row_U, scenario_U = np.full((2, num_rows), [[user_row], [names.index(request.scenario)]], np.int32)
+        rows = self.rows(user_row_U, distinct_U, scenario_U, self.context(request.context or {}, num_rows))
         liked = None if request.history is None else self._liked(request.history)
         looked_up = time.perf_counter()
         layers, knowledge_known = self._layers(request, user_row, liked)
@@ -99,7 +101,7 @@ class Ranker:
         batch = self.checkpoint.collator.features(rows, liked)
         encoded = time.perf_counter()
         with torch.inference_mode():
-            logit_U = self.serving(batch, layers, self._vector_rows(distinct_U), int(batch.scenario_B[0]))
+            logit_U = self.serving(batch, layers, self.vector_rows(distinct_U), int(batch.scenario_B[0]))
             score_N = torch.sigmoid(logit_U.double()).numpy()[index_N]
         scored = time.perf_counter()
         order_N = np.argsort(-score_N, kind="stable")[: request.top_k]
@@ -128,21 +130,31 @@ class Ranker:
             logit_B, _ = self.checkpoint.model(self.checkpoint.collator(rows))
             return torch.sigmoid(logit_B.double()).numpy()
 
-    def _rows(self, request: RankRequest, user_row: int, item_row_U: np.ndarray, scenario: int) -> Rows:
-        """Returns the candidates as prepared rows."""
-        num_rows, collator = len(item_row_U), self.checkpoint.collator
+    def rows(self, user_row_B: np.ndarray, item_row_B: np.ndarray, scenario_B: np.ndarray, context: Rows) -> Rows:
+        """Returns candidates as prepared rows; each user's history is all that the checkpoint's logs have.
+
+        Args:
+            user_row_B: int32, 0 for an unknown user.
+            item_row_B: int32, 0 for an unknown item.
+            scenario_B: int32 indices.
+            context: Columns of the context features, as of `ContextEncoder`.
+        """
+        logs = self.checkpoint.collator.logs
         return {
-            "row_id": np.arange(num_rows, dtype=np.int64),
-            "user_row": np.full(num_rows, user_row, np.int32),
-            "item_row": item_row_U,
-            "scenario": np.full(num_rows, scenario, np.int32),
-            "label": np.zeros(num_rows, np.int8),
-            **{
-                column: np.full(num_rows, collator.logs[log].num_likes(user_row), np.int32)
-                for log, column in self.checkpoint.schema.history_columns.items()
-            },
-            **self.context(request.context or {}, num_rows),
+            "row_id": np.arange(len(user_row_B), dtype=np.int64),
+            "user_row": user_row_B,
+            "item_row": item_row_B,
+            "scenario": scenario_B,
+            "label": np.zeros(len(user_row_B), np.int8),
+            **{name: logs[log].num_likes(user_row_B) for log, name in self.checkpoint.schema.history_columns.items()},
+            **context,
         }
+
+    def vector_rows(self, item_row_N: np.ndarray) -> torch.Tensor:
+        """Returns the rows of the items' vectors, int64, 0 where there is none; zeros for a backbone alone."""
+        knowledge = self.checkpoint.knowledge
+        index_N = np.zeros(len(item_row_N)) if knowledge is None else knowledge.item_index_N[item_row_N]
+        return torch.from_numpy(index_N.astype(np.int64))
 
     def _liked(self, history: Sequence[LikedItem]) -> dict[str, np.ndarray]:
         """Returns the item rows of the likes in each log that the model reads, in the order given; "all" is all."""
@@ -187,17 +199,11 @@ class Ranker:
 
     def _made_of(self, item_row_L: np.ndarray) -> np.ndarray | None:
         """Returns the vector of a user who liked these items; None where no vector of any is there."""
-        vectors_NK, row_L = self.checkpoint.knowledge.items_NK, self._vector_rows(item_row_L).numpy()
+        vectors_NK, row_L = self.checkpoint.knowledge.items_NK, self.vector_rows(item_row_L).numpy()
         if not row_L.any():
             return None
         trunk = self.checkpoint.model.item_knowledge.trunk  # it has the statistics over the items
         return pool_likes(vectors_NK[row_L[row_L > 0]], trunk.mean_K.numpy(), trunk.std_K.numpy())
-
-    def _vector_rows(self, item_row_N: np.ndarray) -> torch.Tensor:
-        """Returns the rows of the items' vectors, int64; empty for a backbone alone."""
-        knowledge = self.checkpoint.knowledge
-        index_N = np.zeros(0) if knowledge is None else knowledge.item_index_N[item_row_N]
-        return torch.from_numpy(index_N.astype(np.int64))
 
     def _generate(self, vector_row: int) -> UserLayers:
         if not vector_row:

@@ -43,9 +43,9 @@ class LikeLog:
     offset_U: np.ndarray
     item_row_N: np.ndarray
 
-    def num_likes(self, user_row: int) -> int:
-        """Returns how many likes of one user the log holds."""
-        return int(self.offset_U[user_row + 1] - self.offset_U[user_row])
+    def num_likes(self, user_row_B: np.ndarray) -> np.ndarray:
+        """Returns how many likes of each of the users the log holds, int32."""
+        return (self.offset_U[user_row_B + 1] - self.offset_U[user_row_B]).astype(np.int32)
 
 
 class Moments:

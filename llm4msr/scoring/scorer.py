@@ -245,7 +245,7 @@ class Scorer:
         for start in range(0, len(distinct_U), BLOCK_CANDIDATES):
             item_row_B = distinct_U[start : start + BLOCK_CANDIDATES]
             num_rows = len(item_row_B)
-            rows = self._rows(
+            rows = self.ranker.rows(
                 np.full(num_rows, one.user_row, np.int32),
                 item_row_B,
                 np.full(num_rows, one.scenario, np.int32),
@@ -260,23 +260,7 @@ class Scorer:
 
     def _together(self, *columns: Any) -> np.ndarray:
         """Returns the scores of candidates of many users; arguments as of `_rows`."""
-        return self.ranker.score(self._rows(*columns))
-
-    def _rows(self, user_row_B: np.ndarray, item_row_B: np.ndarray, scenario_B: np.ndarray, context: Rows) -> Rows:
-        """Returns prepared rows as a request's are: each user's history is all that the checkpoint's logs have."""
-        logs = self.ranker.checkpoint.collator.logs
-        return {
-            "row_id": np.arange(len(user_row_B), dtype=np.int64),
-            "user_row": user_row_B,
-            "item_row": item_row_B,
-            "scenario": scenario_B,
-            "label": np.zeros(len(user_row_B), np.int8),
-            **{
-                column: (logs[log].offset_U[user_row_B + 1] - logs[log].offset_U[user_row_B]).astype(np.int32)
-                for log, column in self.schema.history_columns.items()
-            },
-            **context,
-        }
+        return self.ranker.score(self.ranker.rows(*columns))
 
 
 def best_first(score_N: np.ndarray, top_k: int | None) -> np.ndarray:

@@ -353,10 +353,8 @@ RECIPE = {
 
 
 def test_failed_runs_are_an_exit_status(ray_cluster, tmp_path, monkeypatch, capsys):
-    settings = {"workspace_uri": str(tmp_path / "ws")} | RECIPE
-    settings["train"] = RECIPE["train"] | {"max_epochs": 1}
-    settings["experiment"] = {"seeds": [0]}
-    settings["compare"] = SMALL | {"learning_rates": [1e6, 0.003]}
+    settings = {"workspace_uri": str(tmp_path / "ws")} | RECIPE | {"experiment": {"seeds": [0]}}
+    settings |= {"train": RECIPE["train"] | {"max_epochs": 1}, "compare": SMALL | {"learning_rates": [1e6, 0.003]}}
     recipe = processes.write_recipe(tmp_path / "recipe.toml", settings)
     monkeypatch.setattr("sys.argv", ["compare", "--config", str(recipe)])
     assert job.main() == 0  # a learning rate that diverges is none where another one is there
@@ -366,8 +364,8 @@ def test_failed_runs_are_an_exit_status(ray_cluster, tmp_path, monkeypatch, caps
     planted = block(model.runs[0.003][1])
     monkeypatch.setattr("sys.argv", ["compare", *argv])
     assert job.main() == 1
-    printed = capsys.readouterr().out
-    assert f"{model.runs[0.003][1].name} failed: " in printed and list((tmp_path / "ws").glob("compare-*/report.html"))
+    assert f"{model.runs[0.003][1].name} failed: " in capsys.readouterr().out
+    assert list((tmp_path / "ws").glob("compare-*/report.html"))
     planted.unlink()
     assert job.main() == 0
 
@@ -392,11 +390,9 @@ def test_killed_comparison_goes_on(tmp_path):
         job.wait()
         assert "tries it again" not in job.log.read_text()  # what is said of a run that failed
     done = {path: path.stat().st_mtime_ns for path in ended()}
-    assert 2 <= len(done) < 4
-    assert not list(root.glob("compare-*/report.html"))
+    assert 2 <= len(done) < 4 and not list(root.glob("compare-*/report.html"))
     status, printed = processes.run_job("jobs.compare", recipe)
-    assert status == 0, printed
-    assert f"4 runs, {len(done)} done before" in printed
+    assert status == 0 and f"4 runs, {len(done)} done before" in printed, printed
     assert {path: path.stat().st_mtime_ns for path in done} == done and len(ended()) == 4
     (report,) = root.glob("compare-*/report.html")
     assert "All scenarios together" in printed and str(report) in printed

@@ -69,12 +69,12 @@ def test_a_row_sees_all_likes_of_earlier_moments_and_no_other(tmp_path_factory, 
     for name, column, scenario in (("all", "history:all", None), ("search", "history:1", 1)):
         log = logs[name]
         assert len(log.offset_U) == NUM_USERS + 2
-        assert log.num_likes(0) == 0
+        assert log.num_likes(np.array([0])).tolist() == [0]
         for row, num_before in zip(ordered, placed[column].to_pylist(), strict=True):
             begin = log.offset_U[row[0]]
             assert log.item_row_N[begin : begin + num_before].tolist() == expected(row, ordered, scenario)
         sizes = [sum(r[0] == user and r[3] and scenario in (None, r[2]) for r in rows) for user in range(NUM_USERS + 1)]
-        assert [log.num_likes(user) for user in range(NUM_USERS + 1)] == sizes
+        assert log.num_likes(np.arange(NUM_USERS + 1)).tolist() == sizes
     shuffled = list(rows)
     random.shuffle(shuffled)
     again, placed_again, likes_again = place(shuffled)
