@@ -154,6 +154,7 @@ class Cluster:
         gcs, dashboard, agent, metrics, stats, proxy_metrics, self.port = free_ports(7)
         self.folder, self.mark = folder, f"SERVE_BENCHMARK_MARK={folder}"
         self.address, self.url = f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{self.port}"
+        self.gcs_address = f"127.0.0.1:{gcs}"
         self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.environment |= (HA_PROXY if ha_proxy else {}) | dict([self.mark.split("=", 1)])
         self.environment |= {
@@ -187,7 +188,7 @@ class Cluster:
         try:
             self.run(self.start_command)
             self.deploy()
-            _wait(self.url, None, None)
+            self.wait()
         except BaseException:
             self.end()
             raise
@@ -195,6 +196,31 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+    def wait(self) -> None:
+        """Waits until the deployment answers.
+
+        Raises:
+            RuntimeError: It does not within three minutes.
+        """
+        _wait(self.url, None, None)
+
+    def status(self) -> dict:
+        """Returns what Ray Serve says of the application: status, message, replicas by state."""
+        printed = subprocess.run(
+            [_tool("serve"), "status", "-a", self.address], env=self.environment, capture_output=True, text=True
+        ).stdout
+        found = (yaml.safe_load(printed) or {}).get("applications", {}).get("ranker", {})
+        deployment = found.get("deployments", {}).get("ranker", {})
+        return {
+            "status": found.get("status"),
+            "message": f"{found.get('message', '')}\n{deployment.get('message', '')}".strip(),
+            "replicas": deployment.get("replica_states", {}),
+        }
+
+    def replicas(self) -> list[int]:
+        """Returns the processes of the deployment's replicas."""
+        return [pid for pid, command in self.processes().items() if command.startswith("ray::ServeReplica:ranker")]
 
     def deploy(self) -> None:
         """Deploys the configuration, again where it has changed."""

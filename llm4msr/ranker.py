@@ -24,6 +24,7 @@ from llm4msr.models.serving import ServingModel, UserLayers
 from llm4msr.request import LikedItem, RankedItem, RankRequest, RankResponse, RequestError, Timings
 from llm4msr.schema import ALL_SCENARIOS
 from llm4msr.training.checkpoint import Checkpoint, load_checkpoint
+from llm4msr.training.node_copy import map_checkpoint
 
 CACHE_BYTES = 2**26
 
@@ -51,13 +52,17 @@ class Ranker:
         self.context = ContextEncoder(schema, {name: checkpoint.vocabulary(name) for name in encoded})
 
     @classmethod
-    def from_checkpoint(cls, uri: str) -> Ranker:
+    def from_checkpoint(cls, uri: str, shared: bool = False) -> Ranker:
         """Loads a checkpoint from a local path or s3://.
 
+        Args:
+            uri: The checkpoint.
+            shared: Whether large tables are shared with the node's other processes, by way of a copy on its disk.
+
         Raises:
-            StorageError: It is missing, unfinished or damaged.
+            StorageError: It is missing, unfinished or damaged, or there is no room for the copy.
         """
-        return cls(load_checkpoint(uri))
+        return cls(map_checkpoint(uri) if shared else load_checkpoint(uri))
 
     @property
     def model_version(self) -> str:

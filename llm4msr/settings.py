@@ -22,7 +22,7 @@ from pydantic_settings import CliSettingsSource, InitSettingsSource, SettingsErr
 from llm4msr.config import ENV_PREFIX, Config, ConfigError
 
 # Variables that share the prefix without being configuration: the test suite's shared data, the endpoint's tokens.
-RESERVED_ENV = frozenset({"LLM4MSR_SHARED", "LLM4MSR_TOKENS", "LLM4MSR_TOKENS_FILE"})
+RESERVED_ENV = frozenset({"LLM4MSR_CACHE", "LLM4MSR_SHARED", "LLM4MSR_TOKENS", "LLM4MSR_TOKENS_FILE"})
 # In a recipe: the one it is made from.
 EXTENDS = "extends"
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> Any:
     from serve.app import build_app
 
-    chosen = {"checkpoint_uri": options.checkpoint_uri, "workspace_uri": options.workspace_uri}
+    chosen = {name: getattr(options, name) for name in ("checkpoint_uri", "workspace_uri", "knowledge_uri")}
     # On a terminal the log would bury what is printed for people.
     chosen |= {"auth": options.auth, "access_log": options.access_log}
     return build_app({name: value for name, value in chosen.items() if value is not None})
@@ -87,6 +87,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workspace_uri", help="serve the checkpoint that this workspace's report.json names")
     source.add_argument("--checkpoint_uri", help="serve this checkpoint, local or s3://")
+    parser.add_argument(
+        "--knowledge_uri", help="with --checkpoint_uri: where explanations find prompts, WORKSPACE/knowledge/NAME"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument(
@@ -142,6 +145,7 @@ def _announce(host: str, port: int, token: str | None) -> None:
     print(
         f"Serving {model['model_version']} ({model['num_users']} users, {model['num_items']} items) at {url}\n"
         f"Scenarios: {', '.join(s['name'] for s in model['scenarios'])}\n"
+        f"Look:      {url}/ in a browser\n"
         f"Describe:  curl -s {url}/v1/model{who}\n"
         f"Ask:       curl -s {url}/v1/rank{who} -H 'content-type: application/json' -d {body}\n"
         "Stop:      Ctrl-C",

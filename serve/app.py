@@ -28,7 +28,7 @@ from llm4msr.workspace import reported_checkpoint_uri
 from serve.api import Limits, build_api
 from serve.candidates import read_candidate_sets
 from serve.explain import KnowledgeSource
-from serve.gate import Gate, access_log
+from serve.gate import Gate, access_log, describe_tokens
 from serve.metrics import Metrics
 from serve.served import Served, load_ranker
 from serve.tokens import Tokens
@@ -151,6 +151,8 @@ class RankerService:
         """Returns the API of this replica; Ray Serve calls it once, after the constructor."""
         source = KnowledgeSource(self.args.knowledge_uri, self.args.workspace_uri)
         api = build_api(self.served, self.limits, source)
+        if self.tokens is not None:
+            describe_tokens(api)
         return Gate(api, self.tokens, self.args.max_body_bytes, self.args.max_in_flight, Metrics())
 
 

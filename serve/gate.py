@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from fastapi import FastAPI
+
 from serve.tokens import Tokens
 
 access_log = logging.getLogger("llm4msr.access")
@@ -29,6 +31,16 @@ FACTS = "facts"  # key of a request's state, where the application says what it 
 
 Scope, Message = dict[str, Any], dict[str, Any]
 Observe = Callable[[dict[str, Any]], None]
+
+
+def describe_tokens(api: FastAPI) -> None:
+    """Says in the application's OpenAPI which paths need a token."""
+    description = api.openapi()  # made once, and kept by the application
+    description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for path, operations in description["paths"].items():
+        if path not in OPEN_PATHS:
+            for operation in operations.values():
+                operation["security"] = [{"token": []}]
 
 
 class Gate:

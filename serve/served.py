@@ -121,7 +121,7 @@ def load_ranker(checkpoint_uri: str) -> Ranker:
     Raises:
         StorageError: The checkpoint is missing, unfinished or damaged, or does not score as it did when it was written.
     """
-    ranker = Ranker.from_checkpoint(checkpoint_uri)
+    ranker = Ranker.from_checkpoint(checkpoint_uri, shared=True)
     check_golden(ranker)
     request = example_request(ranker, NUM_WARM_UP_ITEMS)
     for _ in range(NUM_WARM_UP_REQUESTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -17,6 +18,10 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Copies of checkpoints that replicas and actors map: the suite's own, gone with it.
+os.environ["LLM4MSR_CACHE"] = tempfile.mkdtemp(prefix="llm4msr-tests-")
+atexit.register(shutil.rmtree, os.environ["LLM4MSR_CACHE"], ignore_errors=True)
 
 # Tiny tensors on shared cores: more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -106,7 +106,7 @@ class ScoreUnit:
     def _load(self) -> None:
         torch.set_num_threads(self._num_threads)
         task = self._task
-        ranker = Ranker.from_checkpoint(task.checkpoint_uri)
+        ranker = Ranker.from_checkpoint(task.checkpoint_uri, shared=True)
         if ranker.model_version != task.model_version:
             raise storage.StorageError(
                 f"{task.checkpoint_uri} is {ranker.model_version}, the batch was planned for {task.model_version}: "

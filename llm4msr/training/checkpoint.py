@@ -73,10 +73,15 @@ def load_checkpoint(uri: str) -> Checkpoint:
     Raises:
         StorageError: It is missing, unfinished or damaged, or its weights do not fit its configuration.
     """
+    check_manifest(uri)
+    return read_checkpoint(uri)
+
+
+def check_manifest(uri: str) -> None:
+    """Raises StorageError unless a finished checkpoint is there."""
     manifest = storage.read_manifest(uri, "a checkpoint is written by jobs.train")
     if manifest.get("kind") != "checkpoint":
         raise storage.StorageError(f"{uri}: a {manifest.get('kind')!r} directory, not a checkpoint")
-    return read_checkpoint(uri)
 
 
 def read_checkpoint(uri: str) -> Checkpoint:
@@ -85,30 +90,56 @@ def read_checkpoint(uri: str) -> Checkpoint:
     Raises:
         StorageError: It is damaged, or its weights do not fit its configuration.
     """
-    config = config_from_dict(storage.read_json(storage.join(uri, "config.json")))
     schema = FeatureSchema.from_json(storage.read_json(storage.join(uri, SCHEMA_FILE)))
     users = storage.read_parquet(storage.join(uri, USERS_FILE))
     items = storage.read_parquet(storage.join(uri, ITEMS_FILE))
-    metadata = storage.read_json(storage.join(uri, "metadata.json"))
+    features = EntityFeatures.from_table(users, schema, "user"), EntityFeatures.from_table(items, schema, "item")
+    return assemble(uri, uri, users, items, *features)
+
+
+def assemble(
+    uri: str,
+    place: str,
+    users: pa.Table,
+    items: pa.Table,
+    user_features: EntityFeatures,
+    item_features: EntityFeatures,
+    mapped: bool = False,
+) -> Checkpoint:
+    """Puts a checkpoint together from its tables and its other files.
+
+    Args:
+        uri: The checkpoint's own place.
+        place: Where its other files are: there, or in a copy.
+        users: Feature table.
+        items: Feature table.
+        user_features: Of the users.
+        item_features: Of the items.
+        mapped: The embedding tables stay in their file, mapped into memory: nobody may change it.
+
+    Raises:
+        StorageError: It is damaged, or its weights do not fit its configuration.
+    """
+    config = config_from_dict(storage.read_json(storage.join(place, "config.json")))
+    schema = FeatureSchema.from_json(storage.read_json(storage.join(place, SCHEMA_FILE)))
+    metadata = storage.read_json(storage.join(place, "metadata.json"))
     if metadata["knowledge"] == "none":
-        knowledge, model = None, build_model(schema, config.model, None)
+        knowledge, model = None, build_model(schema, config.model, None, materialize=not mapped)
     else:
-        knowledge = KnowledgeTable.load(storage.join(uri, KNOWLEDGE_DIRECTORY))
-        model = build_model(schema, config.model, knowledge.width, knowledge.has_items)
-    _load_weights(model, uri)
-    collator = Collator(
-        schema,
-        EntityFeatures.from_table(users, schema, "user"),
-        EntityFeatures.from_table(items, schema, "item"),
-        knowledge,
-        read_logs(uri, schema),
-    )
+        knowledge = KnowledgeTable.load(storage.join(place, KNOWLEDGE_DIRECTORY))
+        model = build_model(schema, config.model, knowledge.width, knowledge.has_items, materialize=not mapped)
+    _load_weights(model, uri, storage.join(place, MODEL_FILE), mapped)
+    collator = Collator(schema, user_features, item_features, knowledge, read_logs(place, schema))
     return Checkpoint(uri, config, schema, model.eval(), users, items, collator, knowledge, metadata)
 
 
-def _load_weights(model: MultiScenarioModel, uri: str) -> None:
-    place = storage.join(uri, MODEL_FILE)
+def _load_weights(model: MultiScenarioModel, uri: str, place: str, mapped: bool) -> None:
+    weights = read_tensors(place)
+    if mapped:  # but for the tables, whose memory is worth it: a product's last bit depends on where its factors lie
+        tables = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        weights = {name: tensor if name in tables else tensor.clone() for name, tensor in weights.items()}
     try:
-        model.load_state_dict(read_tensors(place))
+        model.load_state_dict(weights, assign=mapped)
     except RuntimeError as error:
-        raise storage.StorageError(f"{place}: the weights do not fit config.json and schema.json: {error}") from error
+        own = storage.join(uri, MODEL_FILE)
+        raise storage.StorageError(f"{own}: the weights do not fit config.json and schema.json: {error}") from error

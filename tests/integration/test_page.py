@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
-import time
 from pathlib import Path
 
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 from tiny import NUM_ITEMS, SEQUENCES, tiny_checkpoint, tiny_prepared
 
 from llm4msr import storage
@@ -25,6 +22,7 @@ from serve.tokens import Tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from explained_workspace import build
+from live_site import Site
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 expect = playwright.expect
@@ -34,34 +32,6 @@ BIG = 2**53 + 1
 MARKUP = "<img src=x onerror=document.title='broken'>&amp;"
 NUM_SHOWN = 24
 WAIT_MS = 20_000
-
-
-class Site:
-    """The application behind its gate on a port of this machine, which can be made to fail."""
-
-    def __init__(self, app) -> None:
-        self.app, self.fault = app, None
-        config = uvicorn.Config(self.answer, host="127.0.0.1", port=0, log_level="error", interface="asgi3")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        deadline = time.monotonic() + 20
-        while not self.server.started:
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
-
-    async def answer(self, scope, receive, send):
-        if self.fault is None or not scope["path"].startswith("/v1/"):
-            await self.app(scope, receive, send)
-            return
-        status, headers, body = self.fault
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=10)
 
 
 @pytest.fixture(scope="module")
