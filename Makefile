@@ -9,10 +9,15 @@ RECIPE ?= jobs/recipes/compare_food_kitchen.toml
 # Of the recipes of these data, where the files lie beside the repository; else data.raw_uri is the recipe's own.
 DATA ?= $(if $(filter %/compare_food_kitchen.toml %/compare_ablations.toml,$(RECIPE)),$(wildcard ../shared/data/amazon-food-kitchen))
 PORT ?= 8000
+# Of `make submit`: which job, with which recipe, under which id; more flags for it.
+JOB ?= pipeline
+CONFIG ?= jobs/recipes/demo.toml
+ID ?=
+ARGS ?=
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare serve test test-slow bench lint clean
+.PHONY: help setup demo compare serve submit test test-slow bench lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +45,9 @@ compare: $(INSTALLED) ## Compare backbones, knowledge and ablations over seeds: 
 
 serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT.
 	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --auth off --port $(PORT)
+
+submit: $(INSTALLED) ## Run JOB with CONFIG (and ARGS) on the cluster of RAY_API_SERVER_ADDRESS, as job ID.
+	$(BIN)/ray job submit --working-dir . $(if $(ID),--submission-id "$(ID)") -- python -m jobs.$(JOB) --config "$(CONFIG)" $(ARGS)
 
 test: $(INSTALLED) ## Run the linter and the whole test suite.
 	$(BIN)/ruff check .

@@ -30,6 +30,8 @@ NAMES = (
     "train_gpu",
     "ranker",
     "serve_latency",
+    "serve_soak",
+    "serve_autoscale",
 )
 
 

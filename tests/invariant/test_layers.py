@@ -40,6 +40,8 @@ LAYERS = {
     "llm4msr.evaluation": 2,
     "llm4msr.comparison": 3,  # trains, evaluates and reports many runs
     "llm4msr.scoring": 3,
+    "llm4msr.planning": 3,  # arithmetic over configuration alone
+    "llm4msr.status": 3,  # reads what all stages leave
     "jobs": 4,
     "serve": 4,
 }
