@@ -31,7 +31,11 @@ from llm4msr.training.checkpoint import load_checkpoint
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 30
 NUM_BODIES = 2_000
-HA_PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+HA_PROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "6",
+}
 # Answers other than 200 are counted in each thread, and added up at the end.
 LUA = """
 local bodies = {}

@@ -82,10 +82,14 @@ def build_api(served: Served, limits: Limits, source: KnowledgeSource | None = N
         redoc_url=None,
     )
 
+    turn = asyncio.Lock()
+
     @api.post("/v1/rank", responses=REFUSALS)
     async def rank(body: RankBody, request: Request) -> RankReply:
         """Scores the candidates and returns them, the best first."""
-        return _rank(served, limits, body, request)
+        async with turn:
+            await asyncio.sleep(0)
+            return _rank(served, limits, body, request)
 
     @api.post("/v1/rank:batch", responses=REFUSALS)
     async def rank_batch(body: BatchBody, request: Request) -> BatchReply:
@@ -95,10 +99,11 @@ def build_api(served: Served, limits: Limits, source: KnowledgeSource | None = N
         rankings = []
         for place, one in enumerate(body.requests):
             try:
-                rankings.append(_rank(served, limits, one, request))
+                async with turn:
+                    await asyncio.sleep(0)
+                    rankings.append(_rank(served, limits, one, request))
             except RequestError as error:
                 raise RequestError(f"requests.{place}.{error.field}", str(error)) from error
-            await asyncio.sleep(0)
         return BatchReply(rankings=rankings)
 
     @api.get("/v1/model", responses={401: REFUSALS[401], 503: REFUSALS[503]})

@@ -58,6 +58,8 @@ class ServeArgs(BaseModel):
     """Largest body of a request."""
     max_in_flight: Annotated[int, Field(ge=1)] = 64
     """Requests that a replica answers at a time; more are told to come back (503, Retry-After)."""
+    max_wait_ms: Annotated[float, Field(gt=0)] = 250
+    """Refused in the same way is who would wait longer than this for the requests in flight."""
     access_log: bool = True
     """Whether every request leaves a JSON line in the replica's log."""
     num_replicas: Annotated[int, Field(ge=1)] | None = None
@@ -153,7 +155,8 @@ class RankerService:
         api = build_api(self.served, self.limits, source)
         if self.tokens is not None:
             describe_tokens(api)
-        return Gate(api, self.tokens, self.args.max_body_bytes, self.args.max_in_flight, Metrics())
+        args = self.args
+        return Gate(api, self.tokens, args.max_body_bytes, args.max_in_flight, Metrics(), args.max_wait_ms)
 
 
 def make_limits(args: ServeArgs) -> Limits:

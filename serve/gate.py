@@ -3,8 +3,9 @@
 * A request id: the caller's ``X-Request-ID``, or a new one; it is in the answer and in the log.
 * A token, where tokens are asked for; ``/healthz``, ``/readyz`` and the page itself are open.
 * A bound on the body, read whole before anything else is done with it.
-* A bound on requests in flight: beyond it the caller gets 503 with ``Retry-After`` at once, so that those who were
-  accepted keep their latency. Ray Serve's own limits (`serve/config.yaml`) answer 503 without that header.
+* Bounds on requests in flight, by number and by how long a new one would wait for them: beyond these the caller gets
+  503 with ``Retry-After`` at once, so that those who were accepted keep their latency, however many candidates they
+  have. Ray Serve's own limits (`serve/config.yaml`) answer 503 without that header.
 * One JSON line in the log for every request, without anything that a user typed.
 """
 
@@ -27,6 +28,8 @@ access_log = logging.getLogger("llm4msr.access")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/healthz", "/readyz"})
 RETRY_AFTER_S = 1
+SMOOTHING = 0.1  # weight of the newest request in the running mean of what one costs
+ALWAYS_IN_FLIGHT = 8  # so many are accepted whatever they cost: a moment's stall must not turn callers away
 FACTS = "facts"  # key of a request's state, where the application says what it found
 
 Scope, Message = dict[str, Any], dict[str, Any]
@@ -52,17 +55,26 @@ class Gate:
         max_body_bytes: Larger bodies are refused (413).
         max_in_flight: Requests that are answered at a time; more are refused (503).
         observe: Told of every answer: what is logged.
+        max_wait_ms: Refused is also who would wait longer than this for those in flight, by what rankings took lately.
     """
 
     def __init__(
-        self, app: Any, tokens: Tokens | None, max_body_bytes: int, max_in_flight: int, observe: Observe
+        self,
+        app: Any,
+        tokens: Tokens | None,
+        max_body_bytes: int,
+        max_in_flight: int,
+        observe: Observe,
+        max_wait_ms: float = 250.0,
     ) -> None:
         self.app = app
         self.tokens = tokens
         self.max_body_bytes = max_body_bytes
         self.max_in_flight = max_in_flight
         self.observe = observe
+        self.max_wait_ms = max_wait_ms
         self.in_flight = 0
+        self.mean_cost_ms = 0.0
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answers one request."""
@@ -107,7 +119,8 @@ class Gate:
         if self.tokens is not None and not self.tokens.accepts(headers.get("authorization")):
             await _refuse(send, 401, "send a valid token: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
             return
-        if self.in_flight >= self.max_in_flight:
+        too_long = self.in_flight >= ALWAYS_IN_FLIGHT and self.in_flight * self.mean_cost_ms > self.max_wait_ms
+        if self.in_flight >= self.max_in_flight or too_long:
             retry = {"retry-after": str(RETRY_AFTER_S)}
             await _refuse(send, 503, f"{self.in_flight} requests are being answered here: try again shortly", retry)
             return
@@ -118,6 +131,9 @@ class Gate:
                 await _refuse(send, 413, f"the body is larger than {self.max_body_bytes} bytes: split the request")
                 return
             await self.app(scope, _once(body, receive), send)
+            if rankings := scope["state"][FACTS].get("rankings"):
+                cost_ms = sum(ranking["timings_ms"]["total"] for ranking in rankings)
+                self.mean_cost_ms += SMOOTHING * (cost_ms - self.mean_cost_ms)
         finally:
             self.in_flight -= 1
 

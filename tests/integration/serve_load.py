@@ -37,7 +37,7 @@ class Answer:
 
 
 class Load:
-    """Clients that ask all the time, until the end of the block; then what they got."""
+    """Clients that ask all the time, but when told to come again later, until the end of the block; what they got."""
 
     def __init__(self, url: str, num_clients: int = NUM_CLIENTS, body: dict | None = None) -> None:
         self.url, self.body = url, BODY if body is None else body
@@ -58,6 +58,8 @@ class Load:
                     got, retry_after = (type(error).__name__, None, ()), None
                 ended = time.monotonic()
                 self.answers.append(Answer(*got, ended, ended - started, retry_after))
+                if retry_after is not None:
+                    self.stop.wait(float(retry_after))
 
     def counts(self, since: float = 0) -> Counter:
         """Returns how often each status came, of the answers after some moment."""

@@ -20,7 +20,7 @@ AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 class World:
     """An application behind a gate."""
 
-    def __init__(self, tokens=None, max_body_bytes=100, max_in_flight=2):
+    def __init__(self, tokens=None, max_body_bytes=100, max_in_flight=2, max_wait_ms=250):
         api, self.seen, self.release = FastAPI(), [], asyncio.Event()
 
         @api.post("/echo")
@@ -28,6 +28,11 @@ class World:
             body = await request.body()
             request.scope["state"][FACTS]["scenario"] = "rec"
             return {"length": len(body)}
+
+        @api.post("/ranking")
+        async def ranking(request: Request) -> dict:
+            request.scope["state"][FACTS]["rankings"] = [{"timings_ms": {"total": 15}}, {"timings_ms": {"total": 25}}]
+            return {}
 
         @api.post("/slow")
         async def slow() -> dict:
@@ -42,7 +47,7 @@ class World:
         async def broken() -> dict:
             raise RuntimeError("secret")
 
-        self.gate = Gate(api, tokens, max_body_bytes, max_in_flight, self.seen.append)
+        self.gate = Gate(api, tokens, max_body_bytes, max_in_flight, self.seen.append, max_wait_ms)
 
     def client(self):
         transport = httpx.ASGITransport(self.gate, raise_app_exceptions=False)
@@ -139,6 +144,27 @@ def test_what_is_too_much_is_told_to_come_back_and_the_others_are_answered():
     assert "2 requests are being answered here" in refused.json()["detail"][0]["msg"]
     assert [answer.status_code for answer in (healthy, *answers, after)] == [200] * 4
     assert world.gate.in_flight == 0
+
+
+def test_who_would_wait_too_long_is_told_to_come_back():
+    """Rankings of 40 ms: where one may wait for 100 ms, eight are in hand at most, however many places there are."""
+
+    async def crowd():
+        world = World(max_in_flight=64, max_wait_ms=100)
+        async with world.client() as client:
+            for _ in range(60):
+                await client.post("/ranking")
+            accepted = [asyncio.create_task(client.post("/slow")) for _ in range(8)]
+            while world.gate.in_flight < 8:
+                await asyncio.sleep(0)
+            refused = await client.post("/slow")
+            world.release.set()
+            return world, refused, await asyncio.gather(*accepted), await client.post("/ranking")
+
+    world, refused, answers, after = asyncio.run(crowd())
+    assert world.gate.mean_cost_ms == pytest.approx(40, rel=0.01)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert [answer.status_code for answer in (*answers, after)] == [200] * 9
 
 
 def test_a_failure_gives_its_place_back():
