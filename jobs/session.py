@@ -14,7 +14,6 @@ from llm4msr.settings import load_config
 LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 # Ray's own defaults suit clusters: 32 processes that read Parquet footers, progress bars that overwrite log lines.
 LOCAL_RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # a private cluster on the loopback address; deployments set token
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -33,8 +32,12 @@ QUIET_LOGGERS = {
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Connects to the cluster of RAY_ADDRESS (set inside ``ray job submit``), or starts one on this machine."""
+    # Without an address, ray.init would join any cluster that "ray start" left on this machine.
+    address = os.environ.get("RAY_ADDRESS") or "local"
     for name, value in LOCAL_RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if address == "local":  # a private cluster on the loopback address; others say themselves what they ask for
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     for name, level in QUIET_LOGGERS.items():
@@ -42,8 +45,6 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Without an address, ray.init would join any cluster that "ray start" left on this machine.
-    address = os.environ.get("RAY_ADDRESS") or "local"
     options = {} if address != "local" else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     runtime_env = {"worker_process_setup_hook": quiet_workers}
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime_env, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -19,7 +20,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     REPOSITORY / name
-    for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/lab-notes.md", "docs/serving.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "tests/README.md",
+        "docs/architecture.md",
+        "docs/lab-notes.md",
+        "docs/results.md",
+        "docs/scaling.md",
+        "docs/serving.md",
+    )
 ]
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 CURL = [line for line in COMMANDS if line.startswith("curl ")]
@@ -51,6 +61,8 @@ def test_jobs_exist_and_their_flags_are_accepted(command, tmp_path, monkeypatch)
     monkeypatch.chdir(REPOSITORY)
     if module == "jobs.explain":
         assert explain.parse(argv).user
+    elif module in ("jobs.status", "jobs.plan"):
+        assert importlib.import_module(module).parse(argv)
     elif module == "jobs.download":
         arguments = download.parse(argv)
         assert arguments.list or arguments.name in {*DATA_SETS, "NAME"}
@@ -82,7 +94,7 @@ def test_requests_are_valid():
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+            assert (document.parent / target.split("#")[0]).exists(), f"{document.name} links to {target}"
 
 
 def test_every_recipe_is_listed():

@@ -1,0 +1,1 @@
+"""Capacity planning: the arithmetic behind jobs.plan, pure, over measured unit costs."""
