@@ -58,7 +58,7 @@ class ServeArgs(BaseModel):
     """Largest body of a request."""
     max_in_flight: Annotated[int, Field(ge=1)] = 64
     """Requests that a replica answers at a time; more are told to come back (503, Retry-After)."""
-    max_wait_ms: Annotated[float, Field(gt=0)] = 250
+    max_wait_ms: Annotated[float, Field(gt=0)] = 500
     """Refused in the same way is who would wait longer than this for the requests in flight."""
     access_log: bool = True
     """Whether every request leaves a JSON line in the replica's log."""

@@ -65,7 +65,7 @@ class Gate:
         max_body_bytes: int,
         max_in_flight: int,
         observe: Observe,
-        max_wait_ms: float = 250.0,
+        max_wait_ms: float = 500.0,
     ) -> None:
         self.app = app
         self.tokens = tokens

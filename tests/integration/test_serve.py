@@ -63,7 +63,12 @@ def client(ray_cluster, checkpoint_uri, text_checkpoint_uri):
     config = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
     (application,) = config["applications"]
-    application["args"] = {"checkpoint_uri": checkpoint_uri, "max_candidates": 100, "auth": "off"}
+    application["args"] = {
+        "checkpoint_uri": checkpoint_uri,
+        "max_candidates": 100,
+        "auth": "off",
+        "max_wait_ms": 60_000,
+    }
     text = {"name": "text", "route_prefix": "/text", "import_path": application["import_path"]}
     text["args"] = {"checkpoint_uri": text_checkpoint_uri, "num_cpus": 0.5, "auth": "off"}
     config["applications"].append(text)
