@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.harness import Goal, Result, paired_ratio, parser, report
 from benchmarks.ranker import write_checkpoint
-from benchmarks.serve_sides import Cluster, Load, bare, load, missing_tool, write_bodies
+from benchmarks.serve_sides import Cluster, Load, bare, load, missing_tool, served_world, write_bodies
 from benchmarks.train_world import World, write_world
 
 NAME = "serve_latency"
@@ -100,7 +100,7 @@ def main() -> int:
     options.add_argument("--candidates", type=int, default=100)
     chosen = options.parse_args()
     short = chosen.short
-    world = World(2_000, 500, 3_000, 200) if short else World(num_rows=2_000, num_valid_rows=200)
+    world = served_world(short)
     seconds, rounds = chosen.seconds or (1 if short else 8), chosen.rounds or (1 if short else 3)
     result = run(world, seconds, rounds, chosen.candidates, "short form" if short else None)
     report(result, chosen.json)

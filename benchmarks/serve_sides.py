@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 
 from benchmarks.harness import REPOSITORY
+from benchmarks.train_world import World
 from llm4msr.training.checkpoint import load_checkpoint
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 30
@@ -75,6 +76,11 @@ class Load:
 def missing_tool() -> str | None:
     """Returns why no load can be made here; None where it can."""
     return None if shutil.which("wrk") else "wrk is not installed (Debian: apt-get install wrk)"
+
+
+def served_world(short: bool) -> World:
+    """Returns the data behind the model that is served: items and users count, its rows hardly."""
+    return World(2_000, 500, 3_000, 200) if short else World(num_rows=2_000, num_valid_rows=200)
 
 
 def write_bodies(checkpoint_uri: str, path: Path, num_candidates: int) -> None:

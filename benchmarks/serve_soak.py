@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.harness import Goal, Result, parser, report
 from benchmarks.ranker import write_checkpoint
-from benchmarks.serve_sides import Cluster, Load, load, missing_tool, write_bodies
+from benchmarks.serve_sides import Cluster, Load, load, missing_tool, served_world, write_bodies
 from benchmarks.train_world import World, write_world
 
 NAME = "serve_soak"
@@ -160,7 +160,7 @@ def main() -> int:
     options = parser(NAME, __doc__.splitlines()[0])
     options.add_argument("--seconds", type=int, help="of the soak; default 600, short 35")
     chosen = options.parse_args()
-    world = World(2_000, 500, 3_000, 200) if chosen.short else World(num_rows=2_000, num_valid_rows=200)
+    world = served_world(chosen.short)
     seconds = chosen.seconds or (35 if chosen.short else 600)
     report(run(world, seconds, "short form" if chosen.short else None), chosen.json)
     return 0

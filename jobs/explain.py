@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jobs.session import user_message
+from jobs.session import reading_message
 from llm4msr.knowledge.explain import Explanation, Neighbour, explain
 from llm4msr.knowledge.extraction import Extraction
 
@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extraction = Extraction.open(arguments.workspace_uri, arguments.knowledge)
         found = explain(extraction, level, getattr(arguments, level), arguments.neighbours)
     except Exception as error:
-        message = user_message(error)
-        if message is None and isinstance(error, OSError):
-            message = f"cannot read {arguments.workspace_uri}: {type(error).__name__}: {error}"
+        message = reading_message(error, arguments.workspace_uri)
         if message is None:
             raise
         print(f"{PROG}: {message}", file=sys.stderr)

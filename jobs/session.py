@@ -112,3 +112,11 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(failures, dict):
             queue += list(failures.values())
     return None
+
+
+def reading_message(error: BaseException, uri: str) -> str | None:
+    """Returns `user_message`, or what a file system said when a person's own place was read; None as there."""
+    message = user_message(error)
+    if message is None and isinstance(error, OSError):
+        return f"cannot read {uri}: {type(error).__name__}: {error}"
+    return message

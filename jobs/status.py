@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.session import user_message
+from jobs.session import reading_message
 from llm4msr.status.look import RUNNING_WITHIN_S, read_status
 from llm4msr.status.rows import Row, Status
 
@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = read_status(arguments.workspace_uri, arguments.running_within_min * 60)
     except Exception as error:
-        message = user_message(error)
-        if message is None and isinstance(error, OSError):
-            message = f"cannot read {arguments.workspace_uri}: {type(error).__name__}: {error}"
+        message = reading_message(error, arguments.workspace_uri)
         if message is None:
             raise
         print(f"{PROG}: {message}", file=sys.stderr)

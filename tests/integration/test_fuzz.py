@@ -15,10 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from live_site import Site
 from schemathesis.specs.openapi.checks import ignored_auth, positive_data_acceptance
-from tiny import SEQUENCES, tiny_checkpoint, tiny_prepared
 
-from llm4msr import storage
-from llm4msr.knowledge.table import KnowledgeTable
 from serve.api import Limits, build_api
 from serve.explain import KnowledgeSource
 from serve.gate import Gate, describe_tokens
@@ -26,7 +23,7 @@ from serve.served import Served
 from serve.tokens import Tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from explained_workspace import build
+from explained_workspace import build_with_checkpoint
 
 TOKEN = "a-token-of-the-fuzzer-1"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
@@ -46,11 +43,7 @@ NOT_ASKED = [positive_data_acceptance, ignored_auth]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzz") / "ws"
-    prepared = tiny_prepared(str(root / "prepared" / "data"), more=SEQUENCES)
-    build(str(root), levels=("scenario", "user", "item"), prepared=prepared)
-    table = KnowledgeTable.load(str(root / "knowledge" / "k1"))
-    tree = {"knowledge": {"levels": ["scenario", "user", "item"]}}
-    uri = tiny_checkpoint(storage.join(str(root), "checkpoint"), prepared, table, **tree)
+    uri = build_with_checkpoint(str(root))
     served = Served()
     served.change({"checkpoint_uri": uri})
     limits = Limits(max_candidates=50, max_batch=3, candidate_sets={"new": [7003, 7001]})

@@ -10,10 +10,8 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import NUM_ITEMS, SEQUENCES, tiny_checkpoint, tiny_prepared
+from tiny import NUM_ITEMS
 
-from llm4msr import storage
-from llm4msr.knowledge.table import KnowledgeTable
 from serve.api import Limits, build_api
 from serve.explain import KnowledgeSource
 from serve.gate import Gate
@@ -21,7 +19,7 @@ from serve.served import Served
 from serve.tokens import Tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from explained_workspace import build
+from explained_workspace import build_with_checkpoint
 from live_site import Site
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -38,11 +36,7 @@ WAIT_MS = 20_000
 def api(tmp_path_factory):
     """A model with histories, knowledge from prompts, and an item whose text looks like markup."""
     root = tmp_path_factory.mktemp("page") / "ws"
-    prepared = tiny_prepared(str(root / "prepared" / "data"), more=SEQUENCES)
-    build(str(root), levels=("scenario", "user", "item"), prepared=prepared)
-    table = KnowledgeTable.load(str(root / "knowledge" / "k1"))
-    tree = {"knowledge": {"levels": ["scenario", "user", "item"]}}
-    uri = tiny_checkpoint(storage.join(str(root), "checkpoint"), prepared, table, **tree)
+    uri = build_with_checkpoint(str(root))
     items = pq.read_table(f"{uri}/items.parquet")
     texts = pa.array([MARKUP, *items["text"].to_pylist()[1:]])
     pq.write_table(items.set_column(1, items.schema.field("text"), texts), f"{uri}/items.parquet")
@@ -307,6 +301,8 @@ def test_work_in_progress_is_said(site, visit):
     expect(page.locator("#status")).to_have_text("Ranking …")
     expect(page.locator("#rank")).to_be_disabled()
     assert page.locator("#results").get_attribute("aria-busy") == "true"
+    while not held:  # the browser says that it asks before the test is told
+        page.wait_for_timeout(10)
     held[0].continue_()
     expect(page.locator("#status")).to_contain_text("ranked for 1001")
     expect(page.locator("#rank")).to_be_enabled()

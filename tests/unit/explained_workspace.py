@@ -7,7 +7,7 @@ C 0, D -18 / sqrt(340). Scenarios are (50, 3, 0) and (50, -1, 0); items (-20, 0,
 from __future__ import annotations
 
 import numpy as np
-from tiny import NUM_ITEMS, NUM_USERS, tiny_prepared
+from tiny import NUM_ITEMS, NUM_USERS, SEQUENCES, tiny_checkpoint, tiny_prepared
 
 from llm4msr import storage
 from llm4msr.config import KnowledgeConfig
@@ -18,6 +18,7 @@ from llm4msr.knowledge.engines.interface import EncodedBatch
 from llm4msr.knowledge.plan import read_prompt_set
 from llm4msr.knowledge.prompts import Liked, Prompt, item_prompt, prompts_table, user_prompt
 from llm4msr.knowledge.store import KnowledgeStore, keys_to_arrow, prompt_keys
+from llm4msr.knowledge.table import KnowledgeTable
 
 IDENTITY = {"model": "by hand"}
 
@@ -114,3 +115,13 @@ def build(
     manifest = {"kind": "knowledge", "prepared": "data", "levels": sorted(levels), "encoder": IDENTITY}
     config = KnowledgeConfig(preamble=preamble).model_dump(mode="json")
     storage.write_manifest(uri, manifest | {"created_at": created_at, "config": {"knowledge": config}})
+
+
+def build_with_checkpoint(root: str) -> str:
+    """Builds a workspace with a model that has histories and knowledge of all levels; returns its checkpoint."""
+    levels = ("scenario", "user", "item")
+    prepared = tiny_prepared(storage.join(root, "prepared", "data"), more=SEQUENCES)
+    build(root, levels=levels, prepared=prepared)
+    table = KnowledgeTable.load(storage.join(root, "knowledge", "k1"))
+    tree = {"knowledge": {"levels": list(levels)}}
+    return tiny_checkpoint(storage.join(root, "checkpoint"), prepared, table, **tree)
