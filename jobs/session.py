@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,8 +51,27 @@ def ray_session() -> Iterator[None]:
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime_env, **options)
     try:
         yield
+    except BaseException as error:
+        let_go(error)
+        raise
     finally:
         ray.shutdown()
+
+
+def let_go(error: BaseException) -> None:
+    """Forgets the local variables of where `error` came from, and of the errors behind it.
+
+    Among them can be a half-read Ray data set, whose thread goes on until its iterator is gone. A thread that asks Ray
+    for something after ``ray.shutdown`` ends the whole process with status 1, and nothing is said of `error`.
+    """
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        found = queue.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            queue += [found.__cause__, found.__context__]
 
 
 def quiet_workers() -> None:

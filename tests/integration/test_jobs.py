@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -16,7 +17,7 @@ from jobs.extract import extract
 from jobs.pipeline import example_request, run_pipeline
 from jobs.prepare import prepare
 from jobs.report import print_table, summarise
-from jobs.session import user_message
+from jobs.session import ray_session, user_message
 from jobs.train import train
 from llm4msr import storage, workspace
 from llm4msr.config import ConfigError
@@ -223,3 +224,30 @@ def test_a_job_in_a_ray_task_tells_its_own_error(ray_cluster):
         ray_cluster.get(fail.remote())
     assert user_message(caught.value) == "x.parquet: not a readable Parquet file"
     assert user_message(ZeroDivisionError("a fault of the program")) is None
+
+
+def test_what_a_failed_job_held_is_gone_before_ray_is(monkeypatch, ray_cluster):
+    import ray
+
+    class HalfRead:
+        """Stands for the iterator of a data set, whose thread asks Ray for things until the iterator is gone."""
+
+    alive, at_shutdown = [], []
+
+    def fail():
+        held = HalfRead()
+        alive.append(weakref.ref(held))
+        raise ConfigError("it cannot be")
+
+    def job():
+        try:
+            fail()
+        except ConfigError as error:
+            raise RuntimeError("the job failed") from error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: at_shutdown.append(alive[0]()))
+    with pytest.raises(RuntimeError, match="the job failed"), ray_session():
+        job()
+    assert at_shutdown == [None]
