@@ -16,13 +16,7 @@ import pyarrow.parquet as pq
 from benchmarks.train_sides import make_collator
 from llm4msr.data.prepared import PreparedData
 from llm4msr.schema import PADDING_INDEX, SPLITS
-from llm4msr.training.reader import list_row_groups, read_row_group
-
-
-def read_rows(prepared: PreparedData, split: str) -> dict[str, np.ndarray]:
-    """Returns the columns of a split's prepared rows; the order of rows in which all sides write their scores."""
-    pieces = [read_row_group(group) for group in list_row_groups(prepared.files(split))]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+from llm4msr.training.reader import read_split
 
 
 def peer_scale(prepared: PreparedData) -> float:
@@ -48,7 +42,7 @@ def export(prepared: PreparedData, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     features = [*schema.select("categorical"), *schema.select("sequence"), *schema.select("numeric")]
     for split in SPLITS:
-        batch = collate(read_rows(prepared, split))
+        batch = collate(read_split(prepared.files(split)))
         sequences = [
             pa.FixedSizeListArray.from_arrays(pa.array(ids_RT.int().numpy().ravel()), ids_RT.shape[1])
             for ids_RT in batch.sequences

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from benchmarks.harness import REPOSITORY
-from benchmarks.quality_data import read_rows
 from llm4msr.data.prepared import PreparedData
 from llm4msr.ranker import Ranker
 from llm4msr.settings import config_from_dict
 from llm4msr.training.loop import train_worker
+from llm4msr.training.reader import read_split
 from llm4msr.training.run import TRAIN_VERSION
 from llm4msr.training.task import TrainTask
 
@@ -41,7 +41,7 @@ def code_version() -> dict[str, Any]:
 
 def score_split(ranker: Ranker, prepared: PreparedData, split: str) -> np.ndarray:
     """Returns score_R."""
-    rows = read_rows(prepared, split)
+    rows = read_split(prepared.files(split))
     parts = range(0, len(rows["label"]), SCORE_BATCH_SIZE)
     return np.concatenate([ranker.score({n: c[i : i + SCORE_BATCH_SIZE] for n, c in rows.items()}) for i in parts])
 

@@ -16,7 +16,7 @@ from llm4msr.data.prepared import PreparedData
 from llm4msr.ranker import Ranker
 from llm4msr.schema import ALL_SCENARIOS
 from llm4msr.training.metrics import scenario_rows
-from llm4msr.training.reader import list_row_groups, read_row_group
+from llm4msr.training.reader import list_row_groups, read_row_group, read_split
 
 # Of the figures below: raised when the same scores would give other ones, so that kept ones are computed again.
 EVALUATION_VERSION = 1
@@ -26,11 +26,6 @@ SCORE_BATCH_SIZE = 8192
 ITEM_MEAN_PRIOR_ROWS = 10.0
 ACTIVITY_FROM = (0, 1, 4, 11, 31)  # fewest training rows of each part of the users
 RELIABILITY_BINS = 10
-
-
-def _read_split(prepared: PreparedData, split: str) -> dict[str, np.ndarray]:
-    pieces = [read_row_group(group) for group in list_row_groups(prepared.files(split))]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def evaluate_checkpoint(checkpoint_uri: str, prepared_uri: str) -> list[dict[str, Any]]:
@@ -176,7 +171,7 @@ def _about(ranker: Ranker) -> tuple[str, str, int]:
 def _scored_splits(ranker: Ranker, prepared: PreparedData) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
     """Yields name, rows and scores of each evaluated split."""
     for split in EVALUATED_SPLITS:
-        rows = _read_split(prepared, split)
+        rows = read_split(prepared.files(split))
         scores = [
             ranker.score({name: column[i : i + SCORE_BATCH_SIZE] for name, column in rows.items()})
             for i in range(0, len(rows["row_id"]), SCORE_BATCH_SIZE)
@@ -202,7 +197,7 @@ def evaluate_item_mean(prepared_uri: str) -> list[dict[str, Any]]:
     scenario_mean = scenario_positives / np.maximum(scenario_total, 1)
     results = []
     for split in EVALUATED_SPLITS:
-        rows = _read_split(prepared, split)
+        rows = read_split(prepared.files(split))
         prior = ITEM_MEAN_PRIOR_ROWS * scenario_mean[rows["scenario"]]
         score = (item_positives[rows["item_row"]] + prior) / (item_rows[rows["item_row"]] + ITEM_MEAN_PRIOR_ROWS)
         results += _report_rows("item_mean", "none", None, split, prepared, rows, score)

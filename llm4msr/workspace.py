@@ -2,6 +2,7 @@
 
 * prepared/<data digest>.json       names the directory that the last prepare of this configuration finished
 * prepared/<digest>/                one prepared data set (configuration + version of every raw file)
+* prepared/raw-files.json           what the local raw files' contents were found to be, by size and time
 * knowledge/store/<identity>/       content-addressed vectors of one encoder
 * knowledge/<digest>.json          names the directory that the last extract of this configuration finished
 * knowledge/<digest>/               prompts and knowledge table of one prepared data set
@@ -26,6 +27,11 @@ def prepared_root(config: Config) -> str:
 def prepared_pointer_uri(config: Config) -> str:
     """Returns the small file that names the current prepared directory of this data configuration."""
     return storage.join(prepared_root(config), f"{digest(config.data)}.json")
+
+
+def file_versions_uri(config: Config) -> str:
+    """Returns the file that notes the contents of raw files, so that they are not read for it again."""
+    return storage.join(prepared_root(config), "raw-files.json")
 
 
 def prepared_uri(config: Config) -> str:

@@ -5,7 +5,7 @@ Ray Data only hands out work: one block per shard or bucket, and small JSON resu
 their id, so everything per user is local and memory is bounded by one bucket.
 
 The result is the same whatever the order in which tasks run: every random choice is seeded by (data.seed, bucket).
-The output directory is named by content (configuration, version of every raw file, `PREPARE_VERSION`), and written
+The output directory is named by content (configuration, content of every raw file, `PREPARE_VERSION`), and written
 once, its manifest last. Generating the synthetic raw files is left to the caller; so is starting Ray.
 """
 
@@ -47,6 +47,7 @@ from llm4msr.data.prepared import (
 from llm4msr.data.shards import Plan, choose_num_buckets, parse_shard
 from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.splits import TEST, Thresholds
+from llm4msr.data.versions import file_versions
 from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
 
 PREPARE_VERSION = 5
@@ -77,7 +78,9 @@ def prepare(config: Config, adapter: Adapter | None = None) -> str:
     if ALL_SCENARIOS in names:
         raise DataError(f"a scenario cannot be named {ALL_SCENARIOS!r}: reports use it for all scenarios: {names}")
     shards = adapter.shards()
-    files = {shard.uri.removeprefix(raw_uri).lstrip("/"): storage.fingerprint(shard.uri) for shard in shards}
+    versions = file_versions([shard.uri for shard in shards], workspace.file_versions_uri(config))
+    names_in_raw = [shard.uri.removeprefix(raw_uri).lstrip("/") for shard in shards]
+    files = dict(zip(names_in_raw, versions, strict=True))
     directory = digest({"data": data, "files": files, "version": PREPARE_VERSION})
     uri = storage.join(workspace.prepared_root(config), directory)
     if storage.is_finished(uri):

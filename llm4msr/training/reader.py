@@ -85,6 +85,16 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> Row
     return to_columns(storage.read_row_group(group.uri, group.index, columns, group.metadata))
 
 
+def read_split(files: list[tuple[str, int]]) -> Rows:
+    """Reads all rows of the given (uri, num_rows) files, such as ``PreparedData.files("test")``, in order.
+
+    Raises:
+        StorageError: A file is missing or damaged, or holds another number of rows than its manifest says.
+    """
+    pieces = [read_row_group(group) for group in list_row_groups(files)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
 def to_columns(table: pa.Table) -> Rows:
     """Returns a table of `schema.rows_schema` as numpy columns, lists as (R, T); missing times become -1."""
     columns = {}

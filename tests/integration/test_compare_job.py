@@ -370,6 +370,7 @@ def test_failed_runs_are_an_exit_status(ray_cluster, tmp_path, monkeypatch, caps
     assert job.main() == 0
 
 
+@pytest.mark.slow
 def test_killed_comparison_goes_on(tmp_path):
     """A killed worker's run is started again; after the driver was killed, runs that had ended are not done again."""
     root = tmp_path / "ws"

@@ -31,6 +31,8 @@ from llm4msr.knowledge.store import KnowledgeStore
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.settings import config_from_dict
 
+pytestmark = pytest.mark.slow
+
 NUM_USERS, ROWS_PER_COMMIT, NUM_ACTORS = 480, 16, 2
 ACTOR = "EncodeUnit"
 KILLS = ("driver", ACTOR, ACTOR, "raylet", "everything")

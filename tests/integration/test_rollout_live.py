@@ -26,6 +26,7 @@ def uris(tmp_path_factory):
     return uris
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxy", ["haproxy", "default"])
 def test_nobody_notices_a_new_model_a_refused_one_and_the_way_back(uris, tmp_path_factory, proxy):
     expected = {}

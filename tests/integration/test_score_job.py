@@ -173,6 +173,7 @@ def whole(checkpoint, ray_cluster, tmp_path_factory):
     return changes, storage.read_parquet(f"{uri}/scores"), storage.read_parquet(f"{uri}/errors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "kinds"), [("local", ["terminated", "everything"]), ("s3", ["driver"])])
 def test_killed_and_gone_on_with(place, kinds, whole, checkpoint, tmp_path, request):
     """In the last run, which finishes, one actor is killed as well."""

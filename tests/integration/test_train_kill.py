@@ -15,6 +15,8 @@ import train_world as world
 from llm4msr import storage
 from llm4msr.training.run import train
 
+pytestmark = pytest.mark.slow
+
 WORKER = "RayTrainWorker"
 # Some 440 steps, a checkpoint each 25: long enough for kills at random moments of each start.
 TRAIN = {"max_epochs": 4, "num_workers": 2, "cpus_per_worker": 1, "checkpoint_every_steps": 25}

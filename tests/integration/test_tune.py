@@ -248,6 +248,7 @@ def terminate_after(trial) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_killed_search_goes_on(tmp_path):
     """Finished trials are not repeated, the one at work goes on from its checkpoint."""
     tuned = {"num_trials": 2, "max_concurrent": 1, "grace_epochs": 3, "learning_rate_range": [1e-3, 1e-2]}

@@ -19,7 +19,6 @@ from llm4msr.config import CONTROLS
 from llm4msr.data.prepared import ITEMS_FILE, USERS_FILE
 from llm4msr.evaluation import (
     EVALUATION_VERSION,
-    _read_split,
     _training_rows,
     activity_slices,
     evaluate_checkpoint,
@@ -28,6 +27,7 @@ from llm4msr.evaluation import (
 )
 from llm4msr.ranker import Ranker
 from llm4msr.schema import feature_table_schema
+from llm4msr.training.reader import read_split
 
 # ---------------------------------------------------------------- statistics
 
@@ -296,7 +296,7 @@ def test_slices_hold_the_rows_they_name(tmp_path):
             assert sum(found[(*place, kind, name)]["num_rows"] for name in names) == num_rows
 
     ranker = Ranker.from_checkpoint(checkpoint)
-    rows = _read_split(prepared, "test")
+    rows = read_split(prepared.files("test"))
     score = ranker.score(rows)
     for kind, name, mask in (
         ("user", "cold", counts["user"][rows["user_row"] - 1] <= 3),

@@ -15,13 +15,14 @@ import pytest
 
 from benchmarks import quality_ours, quality_peers
 from benchmarks.harness import REPOSITORY
-from benchmarks.quality_data import export, peer_scale, read_rows
+from benchmarks.quality_data import export, peer_scale
 from benchmarks.quality_peers import PEER_MODELS, SCRIPTS, Bench, Run, compare, our_config, parse, why_not_judged
 from benchmarks.quality_report import Finished, best_on_valid, contests, difference, judge, show, write
 from benchmarks.train_peers import ENVIRONMENTS, PEERS
 from benchmarks.train_sides import make_collator
 from llm4msr.settings import config_from_dict
 from llm4msr.training.metrics import auc
+from llm4msr.training.reader import read_split
 from llm4msr.training.run import TRAIN_VERSION
 from tests.tiny import SEQUENCES, tiny_prepared
 
@@ -48,7 +49,7 @@ def test_exported_columns_are_what_the_collator_encodes(bench):
     assert [f["name"] for f in features] == ["user_id", "item_id", "genre", "search_source", "tags", "age", "price"]
     collate = make_collator(bench.prepared, None)
     for split in ("train", "valid", "test"):
-        rows, table = read_rows(bench.prepared, split), pq.read_table(bench.tables[split])
+        rows, table = read_split(bench.prepared.files(split)), pq.read_table(bench.tables[split])
         batch = collate(rows)
         columns = [*batch.ids_BF.T.tolist(), batch.sequences[0].tolist(), *batch.numeric_BN.T.tolist()]
         assert [table[f["column"]].to_pylist() for f in features] == columns
