@@ -96,7 +96,7 @@ def _by_scenario(
             axis.axvline(0, color="#888888", linewidth=1, zorder=0)
         axis.set_title("all scenarios" if scenario == ALL_SCENARIOS else scenario)
         axis.set_xlabel("AUC on test" if reference is None else f"AUC gain over {reference}")
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_yticks(range(len(backbones)), backbones)
         axis.set_ylim(len(backbones) - 0.5, -0.5)
         for edge in range(1, len(backbones)):
