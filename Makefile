@@ -9,7 +9,7 @@ RECIPE ?= jobs/recipes/compare_food_kitchen.toml
 # Of the recipes of these data, where the files lie beside the repository; else data.raw_uri is the recipe's own.
 DATA ?= $(if $(filter %/compare_food_kitchen.toml %/compare_ablations.toml,$(RECIPE)),$(wildcard ../shared/data/amazon-food-kitchen))
 PORT ?= 8000
-# Of `make submit`: which job, with which recipe, under which id; more flags for it.
+# Of `make submit`: which job, with which recipe (CONFIG= for those that take none), under which id; more flags for it.
 JOB ?= pipeline
 CONFIG ?= jobs/recipes/demo.toml
 ID ?=
@@ -17,7 +17,7 @@ ARGS ?=
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare serve submit test test-slow bench lint clean
+.PHONY: help setup demo compare serve submit test test-slow test-cluster bench lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,15 +47,19 @@ serve: $(INSTALLED) ## Serve the checkpoint of WORKSPACE (or CHECKPOINT) on PORT
 	$(BIN)/python -m serve $(if $(CHECKPOINT),--checkpoint_uri "$(CHECKPOINT)",--workspace_uri "$(WORKSPACE)") --auth off --port $(PORT)
 
 submit: $(INSTALLED) ## Run JOB with CONFIG (and ARGS) on the cluster of RAY_API_SERVER_ADDRESS, as job ID.
-	$(BIN)/ray job submit --working-dir . $(if $(ID),--submission-id "$(ID)") -- python -m jobs.$(JOB) --config "$(CONFIG)" $(ARGS)
+	$(BIN)/ray job submit --working-dir . $(if $(ID),--submission-id "$(ID)") -- python -m jobs.$(JOB) $(if $(CONFIG),--config "$(CONFIG)") $(ARGS)
 
-test: $(INSTALLED) ## Run the linter and the whole test suite.
+test: $(INSTALLED) ## Run the linter, the type checker and the test suite.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes each: a compiled model, a lost node.
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: $(INSTALLED) ## Run a pipeline on hosts in namespaces of this machine, links cut (root; Debian: openssh-server iproute2 rsync).
+	$(BIN)/python -m pytest -m hosts tests/integration/test_cluster_hosts.py
 
 bench: $(INSTALLED) ## Run all benchmarks that fit this machine; print goal, measured, met.
 	$(BIN)/python -m benchmarks

@@ -29,6 +29,7 @@ NAMES = (
     "train_workers",
     "train_gpu",
     "ranker",
+    "lookup",
     "serve_latency",
     "serve_soak",
     "serve_autoscale",

@@ -4,10 +4,12 @@ A model with knowledge of users, scenarios and items (STAR, random weights: spee
 scores candidates drawn from 50,000 items, on one thread:
 
 * ``kept``: `Ranker.rank` for users whose meta layers are there already; ``generated``: for users who come first.
-* ``one call``: the trained model called once with a full row per candidate, the user layers regenerated for each row.
-* ``call per row``: the trained model called for each candidate by itself (fewer of them, the time scaled up).
+* ``one call, layers a row``: the trained model called once with a full row per candidate, the user's layers regenerated
+  for each row. This is the comparison of the goal.
+* ``one call, layers once``: the same rows as training would have them, the layers generated once for the one user.
+* ``a call a row``: the trained model called for each candidate by itself (fewer of them, the time scaled up).
 
-The last two get batches that are encoded already. Low-rank and full meta layers are measured apart.
+The last three get batches that are encoded already. Low-rank and full meta layers are measured apart.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ FORMS = ("low_rank", "full")
 CANDIDATES = (100, 1000, 2000)
 MOST_MS, LEAST_RATIO = 5.0, 20.0
 SINGLE_ROWS = 50
+OF_THE_GOAL = "one call, layers a row"
+OTHERS = ("generated", OF_THE_GOAL, "one call, layers once", "a call a row")
 
 
 def run(world: World, num_requests: int, rounds: int, not_judged: str | None) -> Result:
@@ -64,7 +68,7 @@ def run(world: World, num_requests: int, rounds: int, not_judged: str | None) ->
     ratios = {}
     for form in FORMS:
         kept = rates(seconds[f"{form}, 1000, kept"], 1000)
-        for other in ("generated", "one call", "call per row"):
+        for other in OTHERS:
             ratios[f"{form}, 1000: rows/s kept / {other}"] = paired_ratio(
                 kept, rates(seconds[f"{form}, 1000, {other}"], 1000)
             )
@@ -73,9 +77,13 @@ def run(world: World, num_requests: int, rounds: int, not_judged: str | None) ->
             "1,000 candidates, low rank, layers generated: ms", medians["low_rank, 1000, generated: ms"], "<", MOST_MS
         ),
         *(
-            Goal(f"rows/s over {other}, {form}", ratios[f"{form}, 1000: rows/s kept / {other}"], ">=", LEAST_RATIO)
+            Goal(
+                f"rows/s over one call of the model with layers for each row, {form}",
+                ratios[f"{form}, 1000: rows/s kept / {OF_THE_GOAL}"],
+                ">=",
+                LEAST_RATIO,
+            )
             for form in FORMS
-            for other in ("one call", "call per row")
         ),
     )
     config = {
@@ -91,7 +99,7 @@ def run(world: World, num_requests: int, rounds: int, not_judged: str | None) ->
     return Result(config, seconds, medians, ratios, goals, not_judged)
 
 
-def write_checkpoint(uri: str, prepared_uri: str, knowledge_uri: str, form: str) -> str:
+def write_checkpoint(uri: str, prepared_uri: str, knowledge_uri: str, form: str, seed: int = 0) -> str:
     """Writes a checkpoint with random weights, whose items have knowledge too; returns its place."""
     prepared, users = PreparedData.open(prepared_uri), KnowledgeTable.load(knowledge_uri)
     num_items = prepared.items().num_rows
@@ -105,11 +113,11 @@ def write_checkpoint(uri: str, prepared_uri: str, knowledge_uri: str, form: str)
             "knowledge": {"levels": ["scenario", "user", "item"], "user_vectors": "items"},
         }
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build_model(prepared.schema, config.model, table.width, True)
     set_knowledge(model, table)
     write_tensors(f"{uri}.safetensors", model.state_dict())
-    metadata = {"model_version": form, "backbone": "star", "knowledge": "llm"}
+    metadata = {"model_version": f"{form}-{seed}", "backbone": "star", "knowledge": "llm"}
     save_checkpoint(uri, config, prepared, table, f"{uri}.safetensors", metadata)
     storage.remove(f"{uri}.safetensors")
     return uri
@@ -149,12 +157,14 @@ def make_sides(form: str, checkpoint_uri: str, num_requests: int) -> dict[str, C
         sides[f"{form}, {number}, kept"] = lambda number=number: ask(number, False)
         sides[f"{form}, {number}, generated"] = lambda number=number: ask(number, True)
     rows = candidate_rows(checkpoint, 1000)
-    whole = regenerated(checkpoint.collator(rows))
+    together = checkpoint.collator(rows)
+    whole = regenerated(together)
     single = [
         checkpoint.collator({name: column[i : i + 1] for name, column in rows.items()}) for i in range(SINGLE_ROWS)
     ]
-    sides[f"{form}, 1000, one call"] = lambda: call([whole], 1.0)
-    sides[f"{form}, 1000, call per row"] = lambda: call(single, 1000 / SINGLE_ROWS)
+    sides[f"{form}, 1000, {OF_THE_GOAL}"] = lambda: call([whole], 1.0)
+    sides[f"{form}, 1000, one call, layers once"] = lambda: call([together], 1.0)
+    sides[f"{form}, 1000, a call a row"] = lambda: call(single, 1000 / SINGLE_ROWS)
     return sides
 
 

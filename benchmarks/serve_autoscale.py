@@ -3,6 +3,10 @@
 A deployment behind HAProxy that may have one to three replicas. A trickle of requests, then a step of as many
 connections as three replicas aim at, then the trickle again. Delays of the autoscaler are 2 s up and 10 s down, so that
 the benchmark ends; in production they are 10 s and 300 s (serve/config.yaml), which come on top.
+
+The seconds end when so many replicas run; those that are to go have no new requests then, but stay for half a minute
+more (Ray Serve drains them). Requests told to come back (503 with Retry-After) are counted apart from those that
+failed: one replica has more than it can answer until the others are there.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def run(world: World, step_s: int, not_judged: str | None) -> Result:
     }
     if reason := missing_tool():
         return Result(config, {}, {}, {}, (), reason)
-    with tempfile.TemporaryDirectory(prefix="b") as name:
+    with tempfile.TemporaryDirectory(prefix="b", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         checkpoint_uri = write_checkpoint(f"{folder}/c", *write_world(name, world), "low_rank")
         bodies = folder / "bodies"
@@ -76,6 +80,8 @@ def run(world: World, step_s: int, not_judged: str | None) -> Result:
             f"{phase}: p99_ms": loaded.p99_ms,
             f"{phase}: max_ms": loaded.max_ms,
             f"{phase}: failed requests": loaded.failed,
+            f"{phase}: told to come back": loaded.told_to_come_back,
+            **{f"{phase}: {kind}": number for kind, number in loaded.kinds.items()},
         }
     for way, took in (("1 to 3 replicas: s", up_s), ("3 to 1 replicas: s", down_s)):
         if took is not None:
@@ -96,7 +102,7 @@ def _until(cluster: Cluster, number: int, work: Callable[[], Load]) -> tuple[Loa
 
     def look() -> None:
         while not ended.is_set() and not seen:
-            if cluster.status()["replicas"] == {"RUNNING": number}:
+            if cluster.status()["replicas"].get("RUNNING") == number:
                 seen.append(time.monotonic() - started)
             time.sleep(LOOK_S)
 

@@ -18,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,43 +31,65 @@ from benchmarks.harness import REPOSITORY
 from benchmarks.train_world import World
 from llm4msr.training.checkpoint import load_checkpoint
 
-START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 30
+START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 60
 NUM_BODIES = 2_000
+COME_BACK = "503 with Retry-After"
 HA_PROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "6",
 }
-# Answers other than 200 are counted in each thread, and added up at the end.
+# What is no 200 is counted by what it is: in each thread, and added up at the end. Who is told to come back (503 with
+# Retry-After) is apart: that is how a replica says that it has enough to do.
 LUA = """
 local bodies = {}
 for line in io.lines(os.getenv("WRK_BODIES")) do bodies[#bodies + 1] = line end
 local pause = tonumber(os.getenv("WRK_PAUSE_MS") or "0")
 local threads = {}
 function setup(thread) table.insert(threads, thread) end
-function init() math.randomseed(os.time()); failed = 0 end
+function init() math.randomseed(os.time()); kinds = {} end
 function request()
   return wrk.format("POST", nil, {["content-type"] = "application/json"}, bodies[math.random(#bodies)])
 end
-function response(status) if status ~= 200 then failed = failed + 1 end end
+function response(status, headers)
+  if status == 200 then return end
+  local kind = tostring(status)
+  if headers["retry-after"] or headers["Retry-After"] then kind = kind .. " with Retry-After" end
+  kinds[kind] = (kinds[kind] or 0) + 1
+end
 if pause > 0 then function delay() return math.floor(pause * (0.5 + math.random())) end end
 function done(summary, latency)
-  local failed = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout
-  for _, thread in ipairs(threads) do failed = failed + thread:get("failed") end
+  local all = {}
+  for _, kind in ipairs({"connect", "read", "write", "timeout"}) do all[kind] = summary.errors[kind] end
+  for _, thread in ipairs(threads) do
+    for kind, number in pairs(thread:get("kinds")) do all[kind] = (all[kind] or 0) + number end
+  end
+  local told = {}
+  for kind, number in pairs(all) do table.insert(told, string.format('"%s": %d', kind, number)) end
   io.write(string.format(
-    'RESULT {"requests": %d, "failed": %d, "seconds": %f, "p50_ms": %f, "p95_ms": %f, "p99_ms": %f, "max_ms": %f}\\n',
-    summary.requests, failed, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(95) / 1e3,
-    latency:percentile(99) / 1e3, latency.max / 1e3))
+    'RESULT {"requests": %d, "kinds": {%s}, "seconds": %f, "p50_ms": %f, "p95_ms": %f, "p99_ms": %f, "max_ms": %f}\\n',
+    summary.requests, table.concat(told, ", "), summary.duration / 1e6, latency:percentile(50) / 1e3,
+    latency:percentile(95) / 1e3, latency:percentile(99) / 1e3, latency.max / 1e3))
 end
 """
 
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk saw: answers a second, share that failed, latencies in milliseconds."""
+    """What wrk saw.
+
+    Attributes:
+        requests_per_s: Answers a second, of any kind.
+        failed: Requests without the answer that was asked for, but for those told to come back.
+        told_to_come_back: 503 with Retry-After.
+        kinds: How many of each kind that is no 200: statuses, and what broke a connection.
+        p50_ms: Latency, as its percentiles below.
+    """
 
     requests_per_s: float
     failed: int
+    told_to_come_back: int
+    kinds: dict[str, int]
     p50_ms: float
     p95_ms: float
     p99_ms: float
@@ -121,7 +144,10 @@ def load(url: str, bodies: Path, seconds: int, connections: int, pause_ms: float
         raise RuntimeError(f"wrk ended with {done.returncode}: {done.stdout[-500:]} {done.stderr[-500:]}")
     told = json.loads(found[1])
     rate = told["requests"] / told["seconds"]
-    return Load(rate, told["failed"], *(told[name] for name in ("p50_ms", "p95_ms", "p99_ms", "max_ms")))
+    kinds = {kind: number for kind, number in told["kinds"].items() if number}
+    shed = kinds.get(COME_BACK, 0)
+    latencies = (told[name] for name in ("p50_ms", "p95_ms", "p99_ms", "max_ms"))
+    return Load(rate, sum(kinds.values()) - shed, shed, kinds, *latencies)
 
 
 @contextmanager
@@ -136,8 +162,8 @@ def bare(folder: Path, checkpoint_uri: str) -> Iterator[str]:
         _wait(url, folder / "bare.log", process)
         yield url
     finally:
-        process.terminate()
-        process.wait(STOP_TIMEOUT_S)
+        process.kill()
+        process.wait()
 
 
 class Cluster:
@@ -169,6 +195,7 @@ class Cluster:
         self.environment |= (HA_PROXY if ha_proxy else {}) | dict([self.mark.split("=", 1)])
         self.environment |= {
             "RAY_AUTH_MODE": "disabled",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # 60 are too few on a busy machine
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(proxy_metrics),
             "PYTHONPATH": str(REPOSITORY),
@@ -217,15 +244,16 @@ class Cluster:
 
     def status(self) -> dict:
         """Returns what Ray Serve says of the application: status, message, replicas by state."""
-        printed = subprocess.run(
-            [_tool("serve"), "status", "-a", self.address], env=self.environment, capture_output=True, text=True
-        ).stdout
-        found = (yaml.safe_load(printed) or {}).get("applications", {}).get("ranker", {})
+        try:  # not by `serve status`, whose start takes a second of a processor that is being measured
+            with urllib.request.urlopen(f"{self.address}/api/serve/applications/", timeout=30) as answer:
+                found = json.load(answer)["applications"].get("ranker", {})
+        except OSError:
+            found = {}
         deployment = found.get("deployments", {}).get("ranker", {})
         return {
             "status": found.get("status"),
             "message": f"{found.get('message', '')}\n{deployment.get('message', '')}".strip(),
-            "replicas": deployment.get("replica_states", {}),
+            "replicas": dict(Counter(replica["state"] for replica in deployment.get("replicas", ()))),
         }
 
     def replicas(self) -> list[int]:
@@ -267,12 +295,15 @@ class Cluster:
         return {pid: command for pid, command in found.items() if command}
 
     def end(self) -> None:
-        """Ends every process."""
-        for pid in self.processes():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        """Ends every process, also those that one starts before it ends itself."""
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while (pids := self.processes()) and time.monotonic() < deadline:
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.1)
 
 
 def free_ports(number: int) -> list[int]:

@@ -21,6 +21,7 @@ from rich.table import Table
 from jobs.extract import extract
 from jobs.prepare import prepare
 from jobs.session import run_job
+from llm4msr import logs
 from llm4msr.config import Config, ConfigError
 
 logger = logging.getLogger("llm4msr.jobs")
@@ -28,6 +29,7 @@ NEEDED = ("matplotlib", "scipy")
 LEFT_OUT = ("GAUC", "log loss", "calibration")  # on the terminal, where wide tables cannot be read
 
 
+@logs.about(stage="compare")
 def compare(config: Config, command: str = "python -m jobs.compare") -> dict[str, Any]:
     """Trains what is missing, writes the report below the workspace and prints its tables; returns its summary.
 

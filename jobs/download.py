@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs.session import LOG_FORMAT, user_message
-from llm4msr import storage
+from jobs.session import tell, user_message
+from llm4msr import logs, storage
 from llm4msr.data.catalogue import DATA_SETS, DataSet, find_data_set
 from llm4msr.data.download import DEFAULT_CACHE, download
 
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print_list()
         return 0
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("llm4msr").setLevel(logging.INFO)
     try:
+        as_json = logs.wanted_format() == "json"
+        logs.set_up(logging.WARNING, logging.INFO, as_json, {"job": PROG.removeprefix("python -m ")})
         data_set = find_data_set(arguments.name)
         place = download(data_set, arguments.to, mirror=arguments.mirror, cache=arguments.cache)
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; run the same command again to go on", file=sys.stderr)
+        tell(PROG, "interrupted; run the same command again to go on")
         return INTERRUPTED
     except Exception as error:
         message = user_message(error)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"{type(error).__name__}: {error}"
         if message is None:
             raise
-        print(f"{PROG}: {message}", file=sys.stderr)
+        tell(PROG, message)
         return 2
     print(next_step(data_set, place))
     return 0

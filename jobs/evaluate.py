@@ -8,12 +8,13 @@ from typing import Any
 
 from jobs.report import print_table
 from jobs.session import run_job
-from llm4msr import storage
+from llm4msr import logs, storage
 from llm4msr.config import Config
 
 logger = logging.getLogger("llm4msr.jobs")
 
 
+@logs.about(stage="evaluate")
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """Scores valid and test with every run of the experiment, one Ray task a run; returns the report's `results`.
 

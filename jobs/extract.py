@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 from jobs.session import run_job
+from llm4msr import logs
 from llm4msr.config import Config
 
 
+@logs.about(stage="extract")
 def extract(config: Config) -> str:
     """Extracts what the store lacks; returns the directory of the knowledge table."""
     from llm4msr.knowledge.pipeline import extract as run

@@ -6,12 +6,13 @@ import logging
 import sys
 
 from jobs.session import run_job
-from llm4msr import storage, workspace
+from llm4msr import logs, storage, workspace
 from llm4msr.config import Config
 
 logger = logging.getLogger("llm4msr.jobs")
 
 
+@logs.about(stage="prepare")
 def prepare(config: Config) -> str:
     """Prepares the data of this configuration, or finds it done; returns its directory."""
     from llm4msr.data import synthetic

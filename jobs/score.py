@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 from jobs.session import run_job
+from llm4msr import logs
 from llm4msr.config import Config
 
 
+@logs.about(stage="score")
 def score(config: Config) -> str:
     """Scores what was not scored yet; returns the directory of the scores."""
     from llm4msr.scoring.pipeline import score as run

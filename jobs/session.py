@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from llm4msr import logs, storage
 from llm4msr.config import Config, ConfigError
 from llm4msr.settings import load_config
 
-LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
+logger = logging.getLogger("llm4msr.jobs")
 # Ray's own defaults suit clusters: 32 processes that read Parquet footers, progress bars that overwrite log lines.
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
@@ -47,8 +48,11 @@ def ray_session() -> Iterator[None]:
         yield
         return
     options = {} if address != "local" else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    runtime_env = {"worker_process_setup_hook": quiet_workers}
+    runtime_env = {"worker_process_setup_hook": worker_set_up() if logs.is_json() else quiet_workers}
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime_env, **options)
+    if logs.is_json():
+        logs.take_over()
+        bring_lines_as_json()
     try:
         yield
     except BaseException as error:
@@ -80,6 +84,37 @@ def quiet_workers() -> None:
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def worker_set_up() -> Callable[[], None]:
+    """Returns what runs in each new worker where log lines are JSON: they are the same there as here."""
+    context = logs.context()
+
+    def set_up_worker() -> None:
+        quiet_workers()
+        logs.set_up(logging.WARNING, logging.INFO, True, context)
+
+    return set_up_worker
+
+
+def bring_lines_as_json() -> None:
+    """Lets the driver pass on what workers say as it is, in place of Ray's own way, which puts their names before it.
+
+    Ray has no public place for it; a Ray that works otherwise goes on with its own way.
+    """
+    from ray._private import ray_logging
+
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("ray_print_logs", lambda data: sys.stderr.writelines(logs.worker_lines(data)))
+
+
+def tell(prog: str, message: object) -> None:
+    """Tells a person, or who collects log lines, why a job ends."""
+    if logs.is_json():
+        logger.error("%s", message)
+    else:
+        print(f"{prog}: {message}", file=sys.stderr)
+
+
 def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | None = None) -> int:
     """Runs one job from the command line.
 
@@ -89,23 +124,24 @@ def run_job(job: Callable[[Config], object], prog: str, argv: Sequence[str] | No
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
+        as_json = logs.wanted_format() == "json"
+        logs.set_up(logging.INFO, logging.INFO, as_json, {"job": prog.removeprefix("python -m ")})
         if not any(part.split("=", 1)[0] in ("--config", "--help", "-h") for part in argv):
             raise ConfigError("--config FILE.toml is needed; recipes are in jobs/recipes/, --help lists every key")
         config = load_config(argv, prog)
     except ConfigError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        tell(prog, error)
         return 2
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
     for name in ("httpx", "botocore", "aiobotocore", "fsspec", "s3fs"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        with ray_session():
+        with logs.about(run=storage.absolute(config.workspace_uri)), ray_session():
             job(config)
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
-        print(f"{prog}: {message}", file=sys.stderr)
+        tell(prog, message)
         return getattr(error, "exit_status", 2)
     return 0
 

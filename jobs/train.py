@@ -7,11 +7,13 @@ import sys
 from typing import Any
 
 from jobs.session import run_job
+from llm4msr import logs
 from llm4msr.config import Config
 
 logger = logging.getLogger("llm4msr.jobs")
 
 
+@logs.about(stage="train")
 def train(config: Config) -> list[dict[str, Any]]:
     """Trains each run of ``experiment.knowledge`` x ``experiment.seeds``; returns their checkpoints' metadata."""
     from llm4msr.training.run import plan_runs

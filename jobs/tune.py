@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.session import run_job
+from llm4msr import logs
 from llm4msr.config import Config
 
 # Tune prints its settings and tables, and takes Ctrl-C for a search that has ended. The job's own lines say more.
@@ -23,6 +24,7 @@ TUNE_ENVIRONMENT = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1
 STATES = {"stopped": "stopped early"}
 
 
+@logs.about(stage="tune")
 def tune(config: Config) -> dict[str, Any]:
     """Runs the search and prints its trials, the best first; returns what `llm4msr.training.tune.search` does."""
     for name, value in TUNE_ENVIRONMENT.items():

@@ -11,9 +11,9 @@ Axes: B rows, F categorical features, N numeric features, T length of a sequence
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import torch
 
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.schema import ITEM_ID, PADDING_INDEX, UNSEEN_INDEX, Feature, FeatureSchema, Source
+from llm4msr.storage import StorageError
 
 if TYPE_CHECKING:
     from llm4msr.data.history import LikeLog
@@ -61,8 +62,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.scenario_B)
 
-    def _map(self, function) -> Batch:
-        changed = {}
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None:
@@ -124,10 +125,10 @@ class Collator:
         users: Features by user_row.
         items: Features by item_row.
         knowledge: Knowledge by user_row and item_row; None for a model without it.
-        logs: What users liked, of each log that a history feature of the schema reads.
+        logs: What users liked, of each log that a history feature of the schema reads; all of them must be given.
 
     Raises:
-        ValueError: The knowledge is of another number of users or items, or a log is missing.
+        StorageError: The knowledge is of another number of users or items: it does not belong to this data.
     """
 
     def __init__(
@@ -144,9 +145,9 @@ class Collator:
                 ("items", len(items.ids), knowledge.item_index_N),
             ):
                 if len(index_N) != rows:
-                    raise ValueError(
+                    raise StorageError(
                         f"the knowledge table is of {len(index_N) - 1} {level}, the data has {rows - 1}: "
-                        "it was extracted from other data"
+                        "it was extracted from other data; run jobs.extract for this one"
                     )
         self.users = users
         self.items = items
@@ -158,8 +159,7 @@ class Collator:
         self.histories = schema.select("history")
         self.history_columns = schema.history_columns
         self.logs = {} if logs is None else logs
-        if missing := sorted(set(self.history_columns) - set(self.logs)):
-            raise ValueError(f"the data has history features of {missing}, whose logs were not given")
+        assert set(self.history_columns) <= set(self.logs), (self.history_columns, sorted(self.logs))
         if self.histories:
             item_id = [f.name for f in schema.select("categorical", "item")].index(ITEM_ID)
             self.item_index_N = items.ids[:, item_id].astype(np.int64)

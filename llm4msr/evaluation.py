@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm4msr import storage
+from llm4msr.batch import Rows
 from llm4msr.data.prepared import PreparedData
 from llm4msr.ranker import Ranker
 from llm4msr.schema import ALL_SCENARIOS
@@ -78,12 +79,12 @@ def evaluate_in_detail(
             *(("item", name, mask_R) for name, mask_R in _cold(item_N[rows["item_row"]], cold_max_rows)),
         ]
         for kind, name, mask_R in parts:
-            columns = (rows[column][mask_R] for column in ("scenario", "user_row", "label"))
-            metrics = scenario_rows(names, *columns, score_R[mask_R])
+            scenario_R, user_R, label_R = (rows[column][mask_R] for column in ("scenario", "user_row", "label"))
+            metrics = scenario_rows(names, scenario_R, user_R, label_R, score_R[mask_R])
             slices += [{"split": split, "kind": kind, "slice": name, **row} for row in metrics]
         for index, scenario in [(None, ALL_SCENARIOS), *enumerate(names)]:
-            mask_R = slice(None) if index is None else rows["scenario"] == index
-            bins = reliability(rows["label"][mask_R], score_R[mask_R])
+            which = slice(None) if index is None else rows["scenario"] == index
+            bins = reliability(rows["label"][which], score_R[which])
             curves += [{"split": split, "scenario": scenario, **row} for row in bins]
     return results, {
         "version": EVALUATION_VERSION,
@@ -168,7 +169,7 @@ def _about(ranker: Ranker) -> tuple[str, str, int]:
     return metadata["backbone"], metadata["knowledge"], metadata["seed"]
 
 
-def _scored_splits(ranker: Ranker, prepared: PreparedData) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
+def _scored_splits(ranker: Ranker, prepared: PreparedData) -> Iterator[tuple[str, Rows, np.ndarray]]:
     """Yields name, rows and scores of each evaluated split."""
     for split in EVALUATED_SPLITS:
         rows = read_split(prepared.files(split))
@@ -210,7 +211,7 @@ def _report_rows(
     seed: int | None,
     split: str,
     prepared: PreparedData,
-    rows: dict[str, np.ndarray],
+    rows: Rows,
     score_R: np.ndarray,
 ) -> list[dict[str, Any]]:
     names = prepared.schema.scenario_names

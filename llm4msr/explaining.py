@@ -2,16 +2,16 @@
 
 The model is loaded and its tables are at hand; nothing is read. A part of the model is left out as a whole and the
 score made again. Parts work on one another, so the differences do not add up to that without all. What is absent has
-a reason in words. A score is that of `Ranker.rank` for a request without context.
+a reason in words. A score is that of `Ranker.rank` for a request with the same context.
 
-Left out: attributions to single features, and gradients.
+Left out: attributions to single features, gradients, and a history or vector that a request may bring.
 
 Axes: N candidates, D input width, K knowledge width, S scenarios.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,10 @@ from llm4msr.knowledge.nearest import cosine
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.serving import PARTS, Parts
 from llm4msr.ranker import Ranker
-from llm4msr.request import Key, RankRequest
+from llm4msr.request import ContextValue, Key, RankRequest
 from llm4msr.subjects import NO_KNOWLEDGE, ItemFacts, Neighbours, UserFacts, describe_item, describe_user
+
+Context = Mapping[str, ContextValue]
 
 _NO_PART = {
     "user_level": "this model has no user-level meta layers",
@@ -91,21 +93,31 @@ class ScoreExplanation:
     item: ItemFacts
 
 
-def explain(ranker: Ranker, neighbours: Neighbours, user: Key, scenario: str, item: Key) -> ScoreExplanation:
+def explain(
+    ranker: Ranker, neighbours: Neighbours, user: Key, scenario: str, item: Key, context: Context | None = None
+) -> ScoreExplanation:
     """Explains one score.
+
+    Args:
+        ranker: The model.
+        neighbours: Who is near in its knowledge.
+        user: Raw id.
+        scenario: Its name.
+        item: Raw id.
+        context: Values of context features; those left out count as absent.
 
     Raises:
         RequestError: As of `Ranker.rank`.
     """
-    score = ranker.rank(RankRequest(user, scenario, [item])).results[0].score
+    score = ranker.rank(RankRequest(user, scenario, [item], context=context)).results[0].score
     model, knowledge = ranker.checkpoint.model, ranker.checkpoint.knowledge
     has = dict(zip(PARTS, (model.user_meta, model.scenario_meta, model.match, model.item_knowledge), strict=True))
     has["all"] = next((part for part in has.values() if part is not None), None)
-    parts = _parts(ranker, user, scenario, [item])
+    parts = _parts(ranker, user, scenario, [item], context)
     without = [
         Without(name, None, None, _NO_PART[name])
         if part is None
-        else _without(name, _parts(ranker, user, scenario, [item], {*PARTS} if name == "all" else {name}))
+        else _without(name, _parts(ranker, user, scenario, [item], context, {*PARTS} if name == "all" else {name}))
         for name, part in has.items()
     ]
     user_facts, item_facts = describe_user(ranker, neighbours, user), describe_item(ranker, item)
@@ -115,7 +127,7 @@ def explain(ranker: Ranker, neighbours: Neighbours, user: Key, scenario: str, it
         moved = Measured(float((parts.h_BD - parts.x_BD).norm() / parts.x_BD.norm().clamp(min=1e-12)))
     if parts.scenario_logit_B is not None:
         own_logit = Measured(float(parts.scenario_logit_B[0]))
-    if model.match is not None:
+    if model.match is not None and parts.match_B1 is not None:
         lacks = [facts for facts in (user_facts, item_facts) if not facts.knowledge_known]
         whom = "user" if lacks and lacks[0] is user_facts else "item"
         value = float(parts.match_B1[0, 0] * model.match.std + model.match.mean)
@@ -127,23 +139,32 @@ def explain(ranker: Ranker, neighbours: Neighbours, user: Key, scenario: str, it
     )
 
 
-def scores_without_knowledge(ranker: Ranker, user: Key, scenario: str, items: Sequence[Key]) -> np.ndarray:
+def scores_without_knowledge(
+    ranker: Ranker, user: Key, scenario: str, items: Sequence[Key], context: Context | None = None
+) -> np.ndarray:
     """Returns the score of each item without any part of the model that reads knowledge, in the order given, float64.
 
     Raises:
         RequestError: An id is of the wrong type for the data.
     """
-    return torch.sigmoid(_parts(ranker, user, scenario, items, {*PARTS}).logit_B.double()).numpy()
+    return torch.sigmoid(_parts(ranker, user, scenario, items, context, {*PARTS}).logit_B.double()).numpy()
 
 
-def _parts(ranker: Ranker, user: Key, scenario: str, items: Sequence[Key], without: Set[str] = frozenset()) -> Parts:
-    """Scores candidates of a request without context, as `Ranker.rank` does, and keeps the parts."""
+def _parts(
+    ranker: Ranker,
+    user: Key,
+    scenario: str,
+    items: Sequence[Key],
+    context: Context | None,
+    without: Set[str] = frozenset(),
+) -> Parts:
+    """Scores candidates of a request as `Ranker.rank` does, and keeps the parts."""
     checkpoint, num_rows = ranker.checkpoint, len(items)
     user_row, item_row_N = int(ranker.user_rows([user], "user")[0]), ranker.item_rows(items, "items")
     index = checkpoint.schema.scenario_names.index(scenario)
     user_row_N, scenario_N = np.full((2, num_rows), [[user_row], [index]], np.int32)
-    rows = ranker.rows(user_row_N, item_row_N, scenario_N, ranker.context({}, num_rows))
-    layers = ranker.user_layers(int(checkpoint.knowledge.user_index_N[user_row]) if checkpoint.model.reads_users else 0)
+    rows = ranker.rows(user_row_N, item_row_N, scenario_N, ranker.context(context or {}, num_rows))
+    layers = ranker.user_layers(ranker.user_vector_row(user_row))
     return ranker.serving.parts(
         checkpoint.collator.features(rows), layers, ranker.vector_rows(item_row_N), index, without
     )

@@ -71,4 +71,5 @@ def _scores(ranker: Ranker, request: RankRequest) -> list[float]:
 
 def _by_rows(table: pa.Table) -> list[Key]:
     """Returns the keys of a feature table, those with the most training rows first."""
-    return table.sort_by([("num_train_rows", "descending")])["key"].to_pylist()
+    keys: list[Key] = table.sort_by([("num_train_rows", "descending")])["key"].to_pylist()
+    return keys

@@ -1,12 +1,20 @@
-"""From a request's raw ids and values to the rows and indices of the model's tables."""
+"""From a request's raw ids and values to the rows and indices of the model's tables.
+
+Ids are found in arrays that may be mapped into memory and shared: whole numbers in their own order, texts in the order
+of their hashes. A dictionary of a hundred million texts would be some ten gigabytes in every process.
+
+Axes: N ids of the table, L ids that are looked up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import repeat
+from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm4msr.request import ContextValue, Key, RequestError
 from llm4msr.schema import FIRST_INDEX, PADDING_INDEX, UNSEEN_INDEX, Feature, FeatureSchema, KeyType
@@ -17,18 +25,49 @@ INT64 = np.iinfo(np.int64)
 MAX_DEVIATIONS = 1e6
 
 
+HASHED_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True)
+class HashOrder:
+    """Where to look for a text among many: 8 bytes an id. Several texts may have one hash.
+
+    Attributes:
+        hash_N: uint32, ascending: the CRC-32 of each id's UTF-8.
+        place_N: int32, where the id with this hash is in the table, from 0.
+    """
+
+    hash_N: np.ndarray
+    place_N: np.ndarray
+
+    @classmethod
+    def of(cls, keys: pa.Array | pa.ChunkedArray) -> HashOrder:
+        """Hashes all ids of a table."""
+        hash_N = np.empty(len(keys), np.uint32)
+        for start in range(0, len(keys), HASHED_AT_A_TIME):  # so that few texts are Python's at a time
+            part = keys.slice(start, HASHED_AT_A_TIME).to_pylist()
+            hash_N[start : start + len(part)] = hashes(_encoded(part))
+        place_N = np.argsort(hash_N, kind="stable")
+        return cls(hash_N[place_N], place_N.astype(np.int32))
+
+
 class KeyIndex:
     """Raw ids to table rows: 0 for an id that the table lacks.
 
     Args:
         keys: Sorted, distinct ids.
         key_type: int64 or string.
+        order: Of text ids, if it is there already.
     """
 
-    def __init__(self, keys: pa.Array, key_type: KeyType) -> None:
+    def __init__(self, keys: pa.ChunkedArray, key_type: KeyType, order: HashOrder | None = None) -> None:
         self.key_type = key_type
-        self.sorted_ids = keys.to_numpy() if key_type == "int64" else None
-        self.rows = None if key_type == "int64" else {key: i for i, key in enumerate(keys.to_pylist(), start=1)}
+        self.keys = _one_array(keys)
+        if key_type == "int64":
+            self.sorted_ids = self.keys.to_numpy()
+        else:
+            self.bytes = self.keys.cast(pa.large_binary())  # over the same memory, where texts are large too
+            self.order = HashOrder.of(self.keys) if order is None else order
 
     def __call__(self, keys: Sequence[Key], field: str) -> np.ndarray:
         """Returns int32 rows.
@@ -36,13 +75,14 @@ class KeyIndex:
         Raises:
             RequestError: A key is of the wrong type for this data.
         """
-        if self.rows is not None:
-            wrong = [key for key in keys if not isinstance(key, str)]
-            if wrong:
+        if self.key_type == "string":
+            texts = [key for key in keys if isinstance(key, str)]
+            if len(texts) < len(keys):
+                found = next(key for key in keys if not isinstance(key, str))
                 raise RequestError(
-                    field, f"{wrong[0]!r} is not a text id: ids of this data are text, such as {self.example()!r}"
+                    field, f"{found!r} is not a text id: ids of this data are text, such as {self.example()!r}"
                 )
-            return np.fromiter(map(self.rows.get, keys, repeat(0)), np.int32, len(keys))
+            return self._text_rows(texts)
         wrong = [k for k in keys if not isinstance(k, int) or isinstance(k, bool) or not INT64.min <= k <= INT64.max]
         if wrong:
             raise RequestError(
@@ -56,9 +96,45 @@ class KeyIndex:
 
     def example(self) -> Key | None:
         """Returns some id of the table."""
-        if self.rows is not None:
-            return next(iter(self.rows), None)
-        return int(self.sorted_ids[0]) if len(self.sorted_ids) else None
+        return self.keys[0].as_py() if len(self.keys) else None
+
+    def _text_rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Looks at the ids that have a key's hash, one after another, until one is the same text."""
+        encoded = _encoded(keys)
+        wanted, hash_L = pa.array(encoded, pa.large_binary()), hashes(encoded)
+        row_L = np.zeros(len(keys), np.int32)
+        left, at = np.arange(len(keys)), np.searchsorted(self.order.hash_N, hash_L)  # keys not found yet; where to look
+        while len(left):
+            inside = at < len(self.order.hash_N)
+            left, at = left[inside], at[inside]
+            same_hash = self.order.hash_N[at] == hash_L[left]
+            left, at = left[same_hash], at[same_hash]
+            place = self.order.place_N[at]
+            same = pc.equal(self.bytes.take(pa.array(place)), wanted.take(pa.array(left))).to_numpy(
+                zero_copy_only=False
+            )
+            row_L[left[same]] = place[same] + 1
+            left, at = left[~same], at[~same] + 1
+        return row_L
+
+
+def hashes(encoded: Sequence[bytes]) -> np.ndarray:
+    """Returns the CRC-32 of each."""
+    return np.fromiter(map(crc32, encoded), np.uint32, len(encoded))
+
+
+def _encoded(texts: Sequence[str]) -> list[bytes]:
+    """Returns UTF-8; half of a surrogate pair, which a request may hold, becomes what no id of a table is."""
+    return [text.encode("utf-8", "surrogatepass") for text in texts]
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column as one array, over the same memory if it is one already: combine_chunks() always copies."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.large_string())  # as one array they may have more bytes than 32-bit offsets reach
+    return column.combine_chunks()
 
 
 class ContextEncoder:
@@ -98,7 +174,7 @@ class ContextEncoder:
     def _encode(self, feature: Feature, value: ContextValue | None) -> float | int | list[int]:
         if feature.kind == "sequence":
             return self._encode_list(feature, [] if value is None else value)
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             raise RequestError("context", f"{feature.name} is one value, found a list of {len(value)}")
         if feature.kind == "numeric":
             if value is None:

@@ -46,8 +46,9 @@ class Ranker:
         self.serving = ServingModel(checkpoint.model, None if knowledge is None else _to_tensor(knowledge.items_NK))
         most_users = cache_bytes // max(self.serving.user_layers_bytes(), 1)
         self.user_layers = lru_cache(maxsize=max(most_users, 1))(self._generate)
-        self.user_rows = KeyIndex(checkpoint.users["key"].combine_chunks(), schema.user_key_type)
-        self.item_rows = KeyIndex(checkpoint.items["key"].combine_chunks(), schema.item_key_type)
+        orders = checkpoint.text_orders
+        self.user_rows = KeyIndex(checkpoint.users["key"], schema.user_key_type, orders.get("user"))
+        self.item_rows = KeyIndex(checkpoint.items["key"], schema.item_key_type, orders.get("item"))
         encoded = [f.name for kind in ("categorical", "sequence") for f in schema.select(kind, "context")]
         self.context = ContextEncoder(schema, {name: checkpoint.vocabulary(name) for name in encoded})
 
@@ -67,7 +68,7 @@ class Ranker:
     @property
     def model_version(self) -> str:
         """Name of the run that made the model."""
-        return self.checkpoint.metadata["model_version"]
+        return str(self.checkpoint.metadata["model_version"])
 
     @property
     def makes_vectors(self) -> bool:
@@ -155,6 +156,13 @@ class Ranker:
             **context,
         }
 
+    def user_vector_row(self, user_row: int) -> int:
+        """Returns the row of a user's vector; 0 where there is none, and for a model that reads none."""
+        knowledge = self.checkpoint.knowledge
+        if knowledge is None or not self.checkpoint.model.reads_users:
+            return 0
+        return int(knowledge.user_index_N[user_row])
+
     def vector_rows(self, item_row_N: np.ndarray) -> torch.Tensor:
         """Returns the rows of the items' vectors, int64, 0 where there is none; zeros for a backbone alone."""
         knowledge = self.checkpoint.knowledge
@@ -189,12 +197,12 @@ class Ranker:
         elif liked is not None and self.makes_vectors:
             vector_K = self._made_of(liked[ALL_SCENARIOS])
         else:
-            row = int(checkpoint.knowledge.user_index_N[user_row])
+            row = self.user_vector_row(user_row)
             return self.user_layers(row), row > 0
         return self.serving.user_layers(None if vector_K is None else torch.from_numpy(vector_K)), vector_K is not None
 
     def _given(self, vector: Sequence[float]) -> np.ndarray:
-        width = self.checkpoint.knowledge.width
+        width = self.serving.width
         if len(vector) != width:
             raise RequestError("knowledge", f"{len(vector)} numbers: the language model's vectors have {width}")
         vector_K = np.asarray(vector, np.float64)
@@ -204,16 +212,19 @@ class Ranker:
 
     def _made_of(self, item_row_L: np.ndarray) -> np.ndarray | None:
         """Returns the vector of a user who liked these items; None where no vector of any is there."""
-        vectors_NK, row_L = self.checkpoint.knowledge.items_NK, self.vector_rows(item_row_L).numpy()
+        row_L = self.vector_rows(item_row_L).numpy()
         if not row_L.any():
             return None
-        trunk = self.checkpoint.model.item_knowledge.trunk  # it has the statistics over the items
-        return pool_likes(vectors_NK[row_L[row_L > 0]], trunk.mean_K.numpy(), trunk.std_K.numpy())
+        knowledge, items = self.checkpoint.knowledge, self.checkpoint.model.item_knowledge
+        assert knowledge is not None and items is not None, "vectors are made by a model that reads those of items"
+        mean_K, std_K = items.trunk.mean_K.numpy(), items.trunk.std_K.numpy()  # statistics over the items
+        return pool_likes(knowledge.items_NK[row_L[row_L > 0]], mean_K, std_K)
 
     def _generate(self, vector_row: int) -> UserLayers:
-        if not vector_row:
+        knowledge = self.checkpoint.knowledge
+        if knowledge is None or not vector_row:
             return self.serving.user_layers(None)
-        vector_K = self.checkpoint.knowledge.users_NK[vector_row].astype(np.float32)
+        vector_K = knowledge.users_NK[vector_row].astype(np.float32)
         return self.serving.user_layers(torch.from_numpy(vector_K))
 
 

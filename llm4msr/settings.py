@@ -17,12 +17,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import CliSettingsSource, InitSettingsSource, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsError,
+)
 
 from llm4msr.config import ENV_PREFIX, Config, ConfigError
 
-# Variables that share the prefix without being configuration: the test suite's shared data, the endpoint's tokens.
-RESERVED_ENV = frozenset({"LLM4MSR_CACHE", "LLM4MSR_SHARED", "LLM4MSR_TOKENS", "LLM4MSR_TOKENS_FILE"})
+# Variables that share the prefix without being configuration: the test suite's shared data, the endpoint's tokens, how
+# log lines look.
+RESERVED_ENV = frozenset(
+    {"LLM4MSR_CACHE", "LLM4MSR_LOG_FORMAT", "LLM4MSR_SHARED", "LLM4MSR_TOKENS", "LLM4MSR_TOKENS_FILE"}
+)
 # In a recipe: the one it is made from.
 EXTENDS = "extends"
 
@@ -55,8 +64,15 @@ def load_config(argv: Sequence[str] = (), prog: str = "llm4msr", environ: Mappin
         """The same fields, with this call's sources."""
 
         @classmethod
-        def settings_customise_sources(cls, settings_cls, init_settings, **_):
-            cli = CliSettingsSource(
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            cli: CliSettingsSource[Any] = CliSettingsSource(
                 settings_cls,
                 cli_parse_args=flags,
                 cli_prog_name=prog,
@@ -88,7 +104,14 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
         """The same fields, from the given tree alone."""
 
         @classmethod
-        def settings_customise_sources(cls, settings_cls, init_settings, **_):
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (init_settings,)
 
     try:

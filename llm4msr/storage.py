@@ -1,87 +1,40 @@
-"""A handful of verbs over local paths and fsspec URIs (``s3://bucket/key``).
+"""A handful of verbs over local paths and fsspec URIs (``s3://bucket/key``, ``gs://bucket/key``).
 
-Endpoint and credentials of ``s3://`` come from the usual AWS settings (``AWS_ENDPOINT_URL``,
-``AWS_ACCESS_KEY_ID``, ...). Nothing here caches: a directory is what the store says it is now.
+Endpoint and credentials of ``s3://`` come from the usual AWS settings (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``,
+...), those of ``gs://`` from Google's. Nothing here caches: a directory is what the store says it is now.
+`llm4msr.remote` says how often a store is asked again, and what its refusal looks like.
 
-A remote store that throttles, times out or drops a connection is asked again after longer and longer waits
-(`ATTEMPTS`), by every verb here but the open file of `atomic_write`.
-
-Two rules keep half-written output from ever being read:
+Three rules keep half-written output from ever being read:
 
 * A file appears whole or not at all: local files are written beside their place and renamed; an object
-  store makes an object visible only when its upload has ended.
-* A directory is finished when it holds ``manifest.json``, which is written last; `read_manifest` refuses
-  a directory without one.
+  store makes an object visible only when its upload has ended. Of several writers the last one's file stays.
+* A directory is finished when it holds ``manifest.json``, which is written last, and removed first; `read_manifest`
+  refuses a directory without one.
+* Who reads a remote file reads one version of it: if it is replaced meanwhile, it is read again from the start.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
-import logging
 import os
 import posixpath
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from llm4msr.remote import RemoteError, StorageError, again_if_disturbed, filesystem, told
+
+__all__ = ["RemoteError", "StorageError", "filesystem", "told"]  # beside the verbs
 
 MANIFEST = "manifest.json"
-ATTEMPTS = 6  # some ten seconds in all, beside what the client of the store repeats by itself
-# What will not pass by waiting.
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-_Verb = TypeVar("_Verb", bound=Callable[..., Any])
-logger = logging.getLogger("llm4msr.storage")
-
-
-class StorageError(ValueError):
-    """Something that should be readable is missing or damaged; the message names it."""
-
-
-class RemoteReadError(StorageError, OSError):
-    """A remote file that could not be read, because it is damaged or because the store does not deliver."""
-
-
-def _persistent(verb: _Verb) -> _Verb:
-    """Repeats a verb on a remote `uri`, its first argument, as long as what went wrong may pass."""
-
-    @functools.wraps(verb)
-    def persistent(uri: str, *args: Any, **options: Any) -> Any:
-        if is_local(uri):
-            return verb(uri, *args, **options)
-        retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
-            wait=wait_random_exponential(multiplier=0.5, max=20),
-            stop=stop_after_attempt(ATTEMPTS),
-            before_sleep=before_sleep_log(logger, logging.WARNING),
-            reraise=True,
-        )
-        return retrying(verb, uri, *args, **options)
-
-    return persistent  # type: ignore[return-value]
-
-
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return not isinstance(error, _FINAL)
-    from botocore.exceptions import ConnectionError, HTTPClientError
-
-    return isinstance(error, (ConnectionError, HTTPClientError))
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Returns the file system of `uri` and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(uri, **({"use_listings_cache": False} if uri.startswith("s3://") else {}))
-    return fs, path
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -113,14 +66,19 @@ def absolute(uri: str) -> str:
     return os.path.abspath(local_path(uri)) if is_local(uri) else uri
 
 
-@_persistent
 def exists(uri: str) -> bool:
     """Tells whether a file or directory is there."""
     fs, path = filesystem(uri)
-    return fs.exists(path)
+    if is_local(uri):
+        return os.path.exists(path)
+    try:
+        with told(uri, "read"):
+            fs.info(path)  # s3fs's own `exists` takes a bucket that refuses for one that is not there
+    except FileNotFoundError:
+        return False
+    return True
 
 
-@_persistent
 def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, int]]:
     """Lists the files below a directory, or the file itself, sorted by name.
 
@@ -129,45 +87,71 @@ def list_files(uri: str, suffix: str | tuple[str, ...] = "") -> list[tuple[str, 
     Returns:
         (uri, size in bytes) of each; empty where nothing is there.
     """
-    return _list_files(uri, suffix)
-
-
-def _list_files(uri: str, suffix: str | tuple[str, ...]) -> list[tuple[str, int]]:
     fs, path = filesystem(uri)
-    if not fs.exists(path):
-        return []
-    found = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError), told(uri, "listed"):  # what gcsfs says of a missing bucket
+        found = fs.find(path, detail=True)
     out = []
     for name, info in sorted(found.items()):
         base = posixpath.basename(name)
-        if base.endswith(suffix) and not base.startswith((".", "_")):
+        if info["type"] != "directory" and base.endswith(suffix) and not base.startswith((".", "_")):
             out.append((name if is_local(uri) else fs.unstrip_protocol(name), int(info["size"])))
     return out
 
 
-@_persistent
 def fingerprint(uri: str) -> dict[str, Any]:
     """Returns what tells one version of a file from another without reading it: size and time or ETag."""
     fs, path = filesystem(uri)
-    info = fs.info(path)
+    with told(uri, "read"):
+        info = fs.info(path)
     version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
     return {"size": int(info["size"]), "version": str(version)}
 
 
-@_persistent
 def remove(uri: str) -> None:
-    """Removes a file or a whole directory; nothing happens where nothing is there."""
+    """Removes a file or a whole directory; nothing happens where nothing is there.
+
+    Manifests go first: what is left of a removal that was cut short is no finished directory.
+    """
+    if not exists(uri):
+        return
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with told(uri, "removed"):
+        for name in fs.find(path):
+            if posixpath.basename(name) == MANIFEST:
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(name)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
+        for name in [] if is_local(uri) else fs.find(path):  # s3fs says nothing of names that it could not delete
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(name)
 
 
+@again_if_disturbed
 def copy(source_uri: str, target_uri: str) -> None:
     """Copies one file between any two places; the target appears whole or not at all."""
-    fs, path = filesystem(source_uri)
-    with fs.open(path, "rb") as source, atomic_write(target_uri) as target:
-        while chunk := source.read(1 << 24):
+    with open_file(source_uri) as source, atomic_write(target_uri) as target:
+        while chunk := _read_chunk(source_uri, source):
             target.write(chunk)
+
+
+def _read_chunk(uri: str, file: IO[bytes]) -> bytes:
+    with told(uri, "read"):
+        return file.read(1 << 24)
+
+
+@contextmanager
+def open_file(uri: str) -> Iterator[IO[bytes]]:
+    """Opens a file for reading.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        StorageError: The store refuses, or what is read in the block was replaced meanwhile.
+    """
+    fs, path = filesystem(uri)
+    with told(uri, "read", is_foreign=True), fs.open(path, "rb") as file:
+        yield file
 
 
 @contextmanager
@@ -186,25 +170,33 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
-    else:
+        return
+    with told(uri, "written"):
         file = fs.open(path, "wb")
-        try:
+    try:
+        with told(uri, "written", is_foreign=True):
             yield file
-        except BaseException:
-            file.discard()  # abandons the multipart upload; close() would publish what was written so far
-            file.closed = True  # or the file object would close itself when it is thrown away
-            raise
-        file.close()
+        with told(uri, "written"):
+            file.close()
+    except BaseException:
+        _abandon(file)
+        raise
 
 
-@_persistent
+def _abandon(file: Any) -> None:
+    """Gives up what was written so far; close() would publish it, and so would the end of the file object."""
+    file.closed = True
+    with contextlib.suppress(Exception):  # what stopped the writing may stop this too: it is what is to be told
+        file.discard()
+
+
+@again_if_disturbed
 def write_json(uri: str, value: Any) -> None:
     """Writes JSON, whole or not at all."""
     with atomic_write(uri) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-@_persistent
 def read_json(uri: str) -> Any:
     """Reads JSON.
 
@@ -213,29 +205,30 @@ def read_json(uri: str) -> Any:
     """
     fs, path = filesystem(uri)
     try:
-        with fs.open(path, "rb") as file:
-            return json.loads(file.read())
+        with told(uri, "read"):
+            content = fs.cat_file(path)
+        return json.loads(content)
     except FileNotFoundError as error:
         raise StorageError(f"{uri}: no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{uri}: not JSON: {error}") from error
 
 
-@_persistent
+@again_if_disturbed
 def write_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> None:
     """Writes one Parquet file, whole or not at all."""
     with atomic_write(uri) as file:
         pq.write_table(table, file, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
 
 
-@_persistent
+@again_if_disturbed
 def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     """Reads one Parquet file, or all of a directory in order of names.
 
     Raises:
         StorageError: Nothing is there, a file is damaged, or a column is missing.
     """
-    files = _list_files(uri, ".parquet")
+    files = list_files(uri, ".parquet")
     if not files:
         raise StorageError(f"{uri}: no Parquet file there")
     wanted = None if columns is None else list(columns)
@@ -247,7 +240,7 @@ def read_parquet(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     return pa.concat_tables(tables) if len(tables) > 1 else tables[0]
 
 
-@_persistent
+@again_if_disturbed
 def read_rows(uri: str, columns: Iterable[str], rows: Sequence[int] | np.ndarray) -> pa.Table:
     """Reads some rows of one Parquet file, in the order given; row groups that hold none of them are not read.
 
@@ -265,7 +258,7 @@ def read_rows(uri: str, columns: Iterable[str], rows: Sequence[int] | np.ndarray
         return table.take(rows - starts[group] + first[place])
 
 
-@_persistent
+@again_if_disturbed
 def parquet_metadata(uri: str) -> pq.FileMetaData:
     """Reads the footer of one Parquet file: its schema, and the size and place of each row group.
 
@@ -276,7 +269,7 @@ def parquet_metadata(uri: str) -> pq.FileMetaData:
         return file.metadata
 
 
-@_persistent
+@again_if_disturbed
 def read_row_group(
     uri: str, index: int, columns: Iterable[str] | None = None, metadata: pq.FileMetaData | None = None
 ) -> pa.Table:
@@ -305,6 +298,7 @@ def _open_parquet(
     remote = not is_local(uri)
     try:
         with (
+            told(uri, "read", is_foreign=True),
             # No read-ahead: fsspec's fetches 50 MB after each place. What one read needs is asked for at once.
             fs.open(path, "rb", cache_type="none") if remote else pa.OSFile(path) as source,
             pq.ParquetFile(source, metadata=metadata, pre_buffer=remote, page_checksum_verification=True) as file,
@@ -314,11 +308,10 @@ def _open_parquet(
             yield file
     except FileNotFoundError as error:
         raise StorageError(f"{uri}: no such file") from error
-    except pa.ArrowInvalid as error:
+    except StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(f"{uri}: not a readable Parquet file: {error}") from error
-    except OSError as error:
-        kind = RemoteReadError if remote else StorageError
-        raise kind(f"{uri}: not a readable Parquet file: {error}") from error
 
 
 def write_manifest(uri: str, value: dict[str, Any]) -> None:
@@ -339,7 +332,8 @@ def read_manifest(uri: str, what: str) -> dict[str, Any]:
     if not is_finished(uri):
         state = "is unfinished (no manifest.json)" if exists(uri) else "does not exist"
         raise StorageError(f"{uri} {state}: {what}")
-    return read_json(join(uri, MANIFEST))
+    manifest: dict[str, Any] = read_json(join(uri, MANIFEST))
+    return manifest
 
 
 def is_finished(uri: str) -> bool:

@@ -158,12 +158,12 @@ class Neighbours:
         left_out = own // self.step if own % self.step == 0 and not is_shared else 0
         centred_K = table.users_NK[own].astype(np.float32) - self.mean_K()
         found = nearest_rows(self.sample_NK, self.mean_K(), centred_K, NUM_NEAREST, left_out)
-        users = [self._near(place * self.step, similarity, user_row) for place, similarity in found]
+        users = [self._near(table, place * self.step, similarity, user_row) for place, similarity in found]
         reason = None if users else "the model has knowledge of no other user"
         return Nearest(users, num_vectors, num_compared - 1, reason)
 
-    def _near(self, vector_row: int, similarity: float, user_row: int) -> NearUser:
-        row_M = np.flatnonzero(self.table.user_index_N == vector_row)
+    def _near(self, table: KnowledgeTable, vector_row: int, similarity: float, user_row: int) -> NearUser:
+        row_M = np.flatnonzero(table.user_index_N == vector_row)
         row_M = row_M[row_M != user_row]
         some = [str(self.keys[int(row) - 1].as_py()) for row in row_M[:NUM_IDS]]
         return NearUser(some, len(row_M), round(min(max(similarity, -1.0), 1.0), 6))
@@ -199,7 +199,7 @@ def example_users(ranker: Ranker, scenario: str | None, num: int) -> tuple[list[
     names = checkpoint.schema.scenario_names
     if scenario is not None and scenario not in names:
         raise RequestError("scenario", f"no scenario {scenario!r}; valid: {', '.join(names)}")
-    log = checkpoint.collator.logs.get(scenario)
+    log = None if scenario is None else checkpoint.collator.logs.get(scenario)
     num_N = checkpoint.users["num_train_rows"].to_numpy() if log is None else np.diff(log.offset_U)[1:]
     known_N = np.zeros(len(num_N), bool)
     if checkpoint.knowledge is not None:
@@ -324,4 +324,5 @@ def _record(table: pa.Table, row: int) -> dict[str, Any]:
     """Returns what the data say of a user or item by its table row, which is 0 where they have none."""
     if not row:
         return {"key": "", "text": "", "num_train_rows": 0}
-    return table.select(["key", "text", "num_train_rows"]).slice(row - 1, 1).to_pylist()[0]
+    record: dict[str, Any] = table.select(["key", "text", "num_train_rows"]).slice(row - 1, 1).to_pylist()[0]
+    return record

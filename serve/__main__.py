@@ -19,7 +19,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.session import LOG_FORMAT, ray_session, user_message
+from jobs.session import ray_session, tell, user_message
+from llm4msr import logs
 from llm4msr.config import ConfigError
 from serve.tokens import FILE_VARIABLE, TOKENS_VARIABLE, Tokens
 
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 stopped, 2 it cannot be served as asked (one clear message, no traceback).
     """
     options = _parse(argv)
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
     try:
+        logs.set_up(logging.WARNING, logging.WARNING, logs.wanted_format() == "json", {"job": "serve"})
         _check_place(options.host, options.port)
         app = _build(options)
         token = None if options.auth == "off" else Tokens(os.environ).example(os.environ)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = user_message(error)
         if message is None:
             raise
-        print(f"{PROG}: {message}", file=sys.stderr)
+        tell(PROG, message)
         return 2
     return 0
 

@@ -8,6 +8,9 @@ Scoring runs on the event loop. Measured on two cores, handing it to threads was
 2000 candidates at a time the model's part took 78 ms in threads and 13 ms on the loop, because threads wait for each
 other's hold on the interpreter. A replica uses more CPUs through torch, a machine through more replicas. Between the
 requests of a batch others have their turn.
+
+Rankings wait for each other, so that between two of them the loop looks at the network: all that arrived while one was
+made would else be ranked in a row, and a probe, or a request that is one too many, would wait for the last of them.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def build_api(served: Served, limits: Limits, source: KnowledgeSource | None = N
     async def rank(body: RankBody, request: Request) -> RankReply:
         """Scores the candidates and returns them, the best first."""
         async with turn:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # without it nobody would be found waiting: whoever comes would be done at once
             return _rank(served, limits, body, request)
 
     @api.post("/v1/rank:batch", responses=REFUSALS)

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
 
-from llm4msr import storage
+from llm4msr import logs, storage
 from llm4msr.config import ConfigError
 from llm4msr.request import RequestError
 from llm4msr.workspace import reported_checkpoint_uri
@@ -170,10 +170,10 @@ def make_limits(args: ServeArgs) -> Limits:
 
 
 def log_to_stderr(log: logging.Logger) -> None:
-    """Makes a logger write bare lines to stderr, and nowhere else."""
+    """Makes a logger write bare lines to stderr, and nowhere else; `llm4msr.logs` says how, if as JSON."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logs.formatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

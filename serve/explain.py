@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llm4msr import storage
 from llm4msr.config import ConfigError
@@ -29,7 +30,7 @@ from llm4msr.knowledge.extraction import Extraction
 from llm4msr.knowledge.prompts import Level
 from llm4msr.lookup import KeyIndex
 from llm4msr.ranker import Ranker
-from llm4msr.request import Key, RankRequest, RequestError
+from llm4msr.request import ContextValue, Key, RankRequest, RequestError
 from llm4msr.subjects import (
     NO_KNOWLEDGE,
     Neighbours,
@@ -51,6 +52,7 @@ from serve.explain_schemas import (
     UserReply,
     UsersReply,
 )
+from serve.schemas import ContextValue as ContextValueOfBody
 from serve.served import Served, is_among
 
 logger = logging.getLogger("llm4msr.serve")
@@ -60,6 +62,14 @@ KEPT_WORDS = 256
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 Limit = Annotated[int, Query(ge=1, le=MAX_EXAMPLES)]
+ContextText = Annotated[
+    str | None,
+    Query(
+        description="Values of context features by name, a JSON object as in POST /v1/rank; left out, all are absent.",
+        examples=['{"device": "phone"}'],
+    ),
+]
+CONTEXT = TypeAdapter(dict[str, ContextValueOfBody], config=ConfigDict(strict=True))
 
 
 @dataclass(frozen=True)
@@ -162,12 +172,12 @@ class Explainer:
         row = int(ranker.user_rows([user], "user")[0])
         return UserReply(**asdict(facts), words=self.words(ranker, "user", str(user), row))
 
-    def explain(self, user: str, scenario: str, item: str) -> ExplainReply:
+    def explain(self, user: str, scenario: str, item: str, context: Mapping[str, ContextValue] | None) -> ExplainReply:
         """Explains one score."""
         served = self.served.ranker
         ranker = self.ranker_of(to_key(user, served.user_rows, "user"))
         user_key, item_key = to_key(user, ranker.user_rows, "user"), to_key(item, ranker.item_rows, "item")
-        found = explain(ranker, self.background(ranker).neighbours, user_key, scenario, item_key)
+        found = explain(ranker, self.background(ranker).neighbours, user_key, scenario, item_key, context)
         fields = asdict(found) | {"user": self.user(ranker, user_key)}
         item_row = int(ranker.item_rows([item_key], "item")[0])
         index = ranker.checkpoint.schema.scenario_names.index(scenario)
@@ -184,10 +194,10 @@ class Explainer:
         ranker, distinct = self.ranker_of(body.user), list(dict.fromkeys(items))
         rankings = {}
         for scenario in body.scenarios:
-            answer = ranker.rank(RankRequest(body.user, scenario, distinct))
+            answer = ranker.rank(RankRequest(body.user, scenario, distinct, context=body.context))
             by_item = {result.item: result.score for result in answer.results}
             score_N = np.array([by_item[item] for item in distinct])
-            without_N = scores_without_knowledge(ranker, body.user, scenario, distinct)
+            without_N = scores_without_knowledge(ranker, body.user, scenario, distinct, body.context)
             numbers = zip(distinct, score_N.tolist(), ranks(score_N), without_N.tolist(), ranks(without_N), strict=True)
             rankings[scenario] = [
                 ComparedReply(item=str(item), score=score, rank=rank, score_without=other, rank_without=other_rank)
@@ -209,10 +219,10 @@ def build_router(
     router = APIRouter(responses=refusals)
 
     @router.get("/v1/explain")
-    def explain_score(user: str, scenario: str, item: str) -> ExplainReply:
+    def explain_score(user: str, scenario: str, item: str, context: ContextText = None) -> ExplainReply:
         """Explains one score: raw ids as text, whatever their type."""
         with explainer.one_at_a_time, _of_query():
-            return explainer.explain(user, scenario, item)
+            return explainer.explain(user, scenario, item, to_context(context))
 
     @router.post("/v1/compare")
     def compare(body: CompareBody) -> CompareReply:
@@ -264,6 +274,20 @@ def to_key(text: str, index: KeyIndex, field: str) -> Key:
     key = int(text) if index.key_type == "int64" and WHOLE_NUMBER.fullmatch(text) else text
     index([key], field)
     return key
+
+
+def to_context(text: str | None) -> dict[str, ContextValue] | None:
+    """Returns the values of context features that a query's JSON has.
+
+    Raises:
+        RequestError: It is not a JSON object of such values.
+    """
+    try:
+        return None if text is None else CONTEXT.validate_json(text)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = f"{found['loc'][0]}: " if found["loc"] else ""
+        raise RequestError("context", f"give a JSON object of values by name: {name}{found['msg']}") from error
 
 
 def ranks(score_N: np.ndarray) -> list[int]:

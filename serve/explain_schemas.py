@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from serve.schemas import Closed, Key
+from serve.schemas import Closed, ContextValue, Key
 
 MAX_SCENARIOS = 10
 
@@ -155,7 +155,7 @@ class ExplainReply(Closed):
     scenario: str
     """As asked."""
     score: float
-    """That of POST /v1/rank for this user, scenario and item, without context."""
+    """That of POST /v1/rank for this user, scenario, item and context."""
     logit: float
     """The score before the sigmoid."""
     without: list[WithoutReply]
@@ -222,6 +222,8 @@ class CompareBody(Closed):
     """Instead of items: the name of a set; see GET /v1/model."""
     scenarios: Annotated[list[str], Field(min_length=1, max_length=MAX_SCENARIOS)]
     """Names of scenarios, at most 10."""
+    context: dict[str, ContextValue] | None = None
+    """Values of context features by name, as of POST /v1/rank."""
 
 
 class ComparedReply(Closed):

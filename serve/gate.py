@@ -21,12 +21,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from llm4msr.logs import json_line
+from serve.page import PAGES
 from serve.tokens import Tokens
 
 access_log = logging.getLogger("llm4msr.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({*PAGES, "/healthz", "/readyz"})
 RETRY_AFTER_S = 1
 SMOOTHING = 0.1  # weight of the newest request in the running mean of what one costs
 ALWAYS_IN_FLIGHT = 8  # so many are accepted whatever they cost: a moment's stall must not turn callers away
@@ -110,7 +112,7 @@ class Gate:
                 **facts,
             }
             self.observe(record)
-            access_log.info("%s", json.dumps(record))
+            access_log.info("%s", json_line(record), extra={"fields": record})
 
     async def _pass(self, scope: Scope, receive: Any, send: Any, headers: dict[str, str]) -> None:
         if scope["path"] in OPEN_PATHS:

@@ -1,4 +1,4 @@
-"""The page for people at ``/``: three files, served as they are, without a build step or anything from elsewhere.
+"""The page for people at ``/``: its files, served as they are, without a build step or anything from elsewhere.
 
 The policy of its content lets it run its own script alone and talk to this server alone. It needs no token to be
 loaded; it asks for one when the API does.
@@ -15,7 +15,10 @@ from fastapi import FastAPI, Response
 PAGES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    **{
+        f"/{name}": (name, "text/javascript; charset=utf-8")
+        for name in ("page.js", "server.js", "elements.js", "state.js", "ranking.js", "explained.js")
+    },
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -25,7 +28,7 @@ HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # three small files: a new server never meets an old script
+    "cache-control": "no-cache",  # a few small files: a new server never meets an old script
 }
 
 

@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm4msr import storage
@@ -106,12 +107,13 @@ def parse_choice(tree: Any) -> Choice:
 def example_request(ranker: Ranker, num_items: int) -> RankRequest:
     """Returns a request for the most active user and the most frequent items of the training data."""
     checkpoint = ranker.checkpoint
-    most_rows = [("num_train_rows", "descending")]
-    users, items = checkpoint.users.sort_by(most_rows)["key"], checkpoint.items.sort_by(most_rows)["key"]
+    # Not by sorting the tables, which are mapped: that would be a copy of them.
+    user = int(np.argmax(checkpoint.users["num_train_rows"].to_numpy()))
+    item_N = np.argsort(-checkpoint.items["num_train_rows"].to_numpy(), kind="stable")[:num_items]
     return RankRequest(
-        user=users[0].as_py(),
+        user=checkpoint.users["key"][user].as_py(),
         scenario=checkpoint.schema.scenario_names[-1],
-        items=items[:num_items].to_pylist(),
+        items=[checkpoint.items["key"][item].as_py() for item in item_N.tolist()],
     )
 
 

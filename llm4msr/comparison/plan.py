@@ -20,6 +20,7 @@ from llm4msr.training.run import plan_runs
 from llm4msr.training.task import TrainTask
 
 COMPARE_VERSION = 1  # part of a comparison's digest
+PLAN_FILE = "plan.json"
 EVALUATION_FILE, DETAIL_FILE = "evaluation.json", "evaluation_detail.json"
 # What a variant may change: with other data the rows would not be the same.
 CHANGEABLE = ("model.", "train.", "knowledge.")
@@ -56,6 +57,12 @@ class Comparison:
     uri: str
     prepared_uri: str
     models: tuple[Model, ...]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that it takes: each model's learning rates, and the other seeds at the best of them."""
+        other_seeds = set(self.config.experiment.seeds) - {self.config.compare.tuning_seed}
+        return sum(len(model.tuning) + len(other_seeds) for model in self.models)
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,9 @@ def model_configs(config: Config) -> list[tuple[str, str, str, dict[str, Any], C
         raise ConfigError(
             "model.embedding_sharding = 'sharded': a run of jobs.compare is one process; compare 'replicated' tables"
         )
-    variants = [(kind, kind, {}, "") for kind in section.knowledge]
+    variants: list[tuple[str, str, dict[str, Any], str]] = [(kind, kind, {}, "") for kind in section.knowledge]
     variants += [(v.name, v.knowledge, v.set, f"compare.variants.{i}.set") for i, v in enumerate(section.variants)]
-    models = []
+    models: list[tuple[str, str, str, dict[str, Any], Config]] = []
     for backbone in section.backbones:
         own = section.backbone_settings.get(backbone, {})
         _check_changes(own, f"compare.backbone_settings.{backbone}")
@@ -174,6 +181,24 @@ def plan_comparison(config: Config) -> Comparison:
     }
     uri = storage.join(storage.absolute(config.workspace_uri), f"compare-{digest(depends_on)[:8]}")
     return Comparison(config, uri, next(iter(models[0].tuning.values())).prepared_uri, tuple(models))
+
+
+def write_plan(comparison: Comparison) -> None:
+    """Writes down what is about to be done, for who looks at the workspace meanwhile.
+
+    `num_runs` of the runs that are named will be trained: the other seeds of a model only at the best learning rate.
+    """
+    models = [
+        {
+            "backbone": model.backbone,
+            "variant": model.variant,
+            "tuning": [task.name for task in model.tuning.values()],
+            "runs": {f"{rate:g}": [task.name for task in tasks] for rate, tasks in model.runs.items()},
+        }
+        for model in comparison.models
+    ]
+    plan = {"kind": "comparison plan", "version": COMPARE_VERSION, "num_runs": comparison.num_runs, "models": models}
+    storage.write_json(storage.join(comparison.uri, PLAN_FILE), plan)
 
 
 def choose(valid_auc: Mapping[float, float | None]) -> Choice:

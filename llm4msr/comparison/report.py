@@ -152,7 +152,7 @@ def _models(comparison: Comparison, outcome: Outcome, records: Sequence[Record])
             record = found.get((model.backbone, model.variant, task.name))
             about = {"run": task.name, "learning_rate": rate, "seed": task.seed, "chosen": chosen}
             state = {"state": states.get(task.name, "finished")}
-            kept = {name: record and record[name] for name in ("best_epoch", "num_parameters", "seconds")}
+            kept = {name: record and record[name] for name in ("best_epoch", "num_parameters", "seconds", "devices")}
             runs.append(about | state | kept)
         tuning = [
             {"learning_rate": rate, "valid_auc": auc, "state": states.get(model.tuning[rate].name, "finished")}
@@ -185,7 +185,7 @@ def _trained_otherwise(records: Sequence[Record], num_threads: int) -> list[dict
 def _with_item_mean(rows: Sequence[dict[str, Any]], item_mean: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows with the baseline's in front of each scenario's."""
     baseline = {row["scenario"]: row for row in item_mean if row["split"] == SPLIT}
-    out = []
+    out: list[dict[str, Any]] = []
     for row in rows:
         if not out or out[-1]["scenario"] != row["scenario"]:
             mean = {k: v for k, v in baseline[row["scenario"]].items() if k not in ("knowledge", "seed", "split")}
@@ -210,6 +210,7 @@ def _facts(comparison: Comparison, summary: Mapping[str, Any]) -> dict[str, str]
         "seeds": ", ".join(map(str, summary["seeds"])),
         "seed of the learning rates": str(summary["tuning_seed"]),
         "runs": f"{len(runs)}, {seconds / 60:.1f} minutes of training in all",
+        "trained on": ", ".join(sorted({name for run in runs.values() for name in run["devices"] or ()})),
         "data": f"prepared/{summary['prepared']}",
         "configuration": summary["config_digest"],
         "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),

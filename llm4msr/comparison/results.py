@@ -33,8 +33,8 @@ def read_records(comparison: Comparison, choices: Sequence[Choice], failed: Iter
 
     Returns:
         One record per model and run: `ABOUT`; evaluation and detail, as `evaluate_in_detail` returns them; history,
-        best_epoch, num_parameters, seconds, world_size and num_threads of the training, the last None where the code
-        that trained it did not write it down.
+        best_epoch, num_parameters, seconds, world_size, num_threads and devices of the training, the last two None
+        where the code that trained it did not write them down.
     """
     failed, records = set(failed), []
     for model, choice in zip(comparison.models, choices, strict=True):
@@ -54,7 +54,7 @@ def read_records(comparison: Comparison, choices: Sequence[Choice], failed: Iter
                     "evaluation": storage.read_json(storage.join(task.run_uri, EVALUATION_FILE)),
                     "detail": storage.read_json(storage.join(task.run_uri, DETAIL_FILE)),
                     **{name: metadata[name] for name in TRAINED},
-                    "num_threads": metadata.get("num_threads"),
+                    **{name: metadata.get(name) for name in ("num_threads", "devices")},
                 }
             )
     return records
@@ -62,10 +62,11 @@ def read_records(comparison: Comparison, choices: Sequence[Choice], failed: Iter
 
 def runs_of(model: Model, choice: Choice) -> list[tuple[float, TrainTask, bool]]:
     """Lists learning rate and run of all that was trained of a model, and whether the run counts in its mean."""
-    runs = {} if choice.learning_rate is None else {task.name: task for task in model.runs[choice.learning_rate]}
-    found = [(rate, task, task.name in runs) for rate, task in model.tuning.items()]
-    tried = {task.name for _, task, _ in found}
-    return found + [(choice.learning_rate, task, True) for name, task in runs.items() if name not in tried]
+    chosen = choice.learning_rate
+    runs = [] if chosen is None else [(chosen, task) for task in model.runs[chosen]]
+    counting, tried = {task.name for _, task in runs}, {task.name for task in model.tuning.values()}
+    found = [(rate, task, task.name in counting) for rate, task in model.tuning.items()]
+    return found + [(rate, task, True) for rate, task in runs if task.name not in tried]
 
 
 def tidy_rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import torch
 
-from llm4msr import storage
+from llm4msr import logs, storage
 from llm4msr.comparison.plan import (
     DETAIL_FILE,
     EVALUATION_FILE,
@@ -30,9 +30,12 @@ from llm4msr.comparison.plan import (
     Outcome,
     choose,
     mean_valid_auc,
+    write_plan,
 )
 from llm4msr.config import Config, ConfigError
 from llm4msr.evaluation import EVALUATION_VERSION, evaluate_in_detail, evaluate_item_mean
+from llm4msr.placement import alive_nodes
+from llm4msr.training.device import gpus_per_process, open_device
 from llm4msr.training.loop import train_worker
 from llm4msr.training.signals import sigterm_event
 from llm4msr.training.stop import asking, start_flag
@@ -53,7 +56,9 @@ def train_all(comparison: Comparison) -> Outcome:
         TrainingInterrupted: SIGTERM came; the same call goes on.
     """
     with sigterm_event() as stop:
-        outcome = _Running(comparison).until_done(stop)
+        running = _Running(comparison)
+        write_plan(comparison)
+        outcome = running.until_done(stop)
     if all(choice.learning_rate is None for choice in outcome.choices):
         failures = list(outcome.failures.values())
         raise TrainingError(f"{comparison.uri}: none of {len(failures)} runs could be trained: {failures[0].message}")
@@ -66,23 +71,24 @@ def item_mean(comparison: Comparison) -> list[dict[str, Any]]:
     if not storage.exists(place):
         rows = ray.get(ray.remote(num_cpus=1)(evaluate_item_mean).remote(comparison.prepared_uri))
         storage.write_json(place, rows)
-    return storage.read_json(place)
+    baseline: list[dict[str, Any]] = storage.read_json(place)
+    return baseline
 
 
 def run_resources(config: Config) -> dict[str, float]:
     """Returns the processors and GPUs of one run.
 
     Raises:
-        ConfigError: No node of this machine's own cluster has as much.
+        ConfigError: No node of this machine's own cluster has as much, or device and GPUs contradict each other.
     """
-    section = config.compare
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max([int(node.get(kind, 0)) for node in nodes], default=0) for kind in ("CPU", "GPU")}
-    gpus = min(most["GPU"], 1) if section.gpus_per_run == "auto" else section.gpus_per_run
-    for key, wanted, there in (("cpus", section.cpus_per_run, most["CPU"]), ("gpus", gpus, most["GPU"])):
+    section, nodes = config.compare, alive_nodes(ray.nodes())
+    num_gpus = sum(node.num_gpus for node in nodes)
+    gpus = gpus_per_process(config.train.device, section.gpus_per_run, num_gpus, "compare.gpus_per_run")
+    most = {kind: max([getattr(node, f"num_{kind}") for node in nodes], default=0) for kind in ("cpus", "gpus")}
+    for kind, wanted in (("cpus", section.cpus_per_run), ("gpus", gpus)):
         # A cluster may grow; this machine does not, and the task would wait for ever.
-        if wanted > there and not os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"compare.{key}_per_run: {wanted:g} are needed, this machine has {there}")
+        if wanted > most[kind] and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"compare.{kind}_per_run: {wanted:g} are needed, this machine has {most[kind]}")
     return {"num_cpus": section.cpus_per_run, "num_gpus": gpus}
 
 
@@ -123,15 +129,15 @@ class _Running:
         self.comparison, self.section = comparison, config.compare
         self.resources = run_resources(config)
         # max_calls: else every run on a GPU would have a process of its own.
-        self.run = ray.remote(max_calls=0, max_retries=config.train.max_failures, **self.resources)(_run)
+        options: dict[str, Any] = {"max_calls": 0, "max_retries": config.train.max_failures, **self.resources}
+        self.run = ray.remote(**options)(_run)
         self.waiting: deque[TrainTask] = deque()
-        self.under_way: dict[ray.ObjectRef, TrainTask] = {}
+        self.under_way: dict[ray.ObjectRef[Any], TrainTask] = {}
         self.ended: dict[str, Failure | None] = {}  # None: finished
         self.known: set[str] = set()
         self.open = dict(enumerate(comparison.models))
         self.choices: dict[int, Choice] = {}
-        seeds = len(set(config.experiment.seeds) - {self.section.tuning_seed})
-        self.num_runs = sum(len(model.tuning) + seeds for model in comparison.models)
+        self.num_runs = comparison.num_runs
 
     def until_done(self, stop: threading.Event) -> Outcome:
         self.flag = start_flag()
@@ -177,9 +183,9 @@ class _Running:
         most = self.section.max_concurrent
         while self.waiting and (most == "auto" or len(self.under_way) < most):
             task = self.waiting.popleft()
-            on_gpu = self.resources["num_gpus"] > 0
+            gpu = self.resources["num_gpus"] > 0
             reference = self.run.options(name=task.name).remote(
-                task, self.section.cpus_per_run, on_gpu, self.section.cold_max_rows, self.flag
+                task, self.section.cpus_per_run, gpu, self.section.cold_max_rows, self.flag
             )
             self.under_way[reference] = task
 
@@ -229,21 +235,22 @@ class _Running:
 
 def read_evaluation(task: TrainTask) -> list[dict[str, Any]]:
     """Returns the report rows of a finished run."""
-    return storage.read_json(storage.join(task.run_uri, EVALUATION_FILE))
+    rows: list[dict[str, Any]] = storage.read_json(storage.join(task.run_uri, EVALUATION_FILE))
+    return rows
 
 
 def _valid(task: TrainTask) -> str:
     return f"valid AUC {mean_valid_auc(read_evaluation(task)):.4f}"
 
 
-def _run(task: TrainTask, num_threads: int, on_gpu: bool, cold_max_rows: int, flag: Any) -> Failure | None:
+def _run(task: TrainTask, num_threads: int, gpu: bool, cold_max_rows: int, flag: Any) -> Failure | None:
     """One run; returns why it failed, if it did."""
     torch.set_num_threads(num_threads)
     try:
-        with asking(flag) as should_stop:
+        with asking(flag) as should_stop, logs.about(stage="compare", run=task.name):
             if should_stop():
                 raise TrainingInterrupted(f"{task.name}: not started")
-            train_and_evaluate(task, torch.device("cuda" if on_gpu else "cpu"), cold_max_rows, should_stop)
+            train_and_evaluate(task, open_device(gpu), cold_max_rows, should_stop)
     except (TrainingError, TrainingInterrupted, storage.StorageError) as error:
         return Failure(str(error).removeprefix(f"{task.name}: "), diverged=isinstance(error, TrainingDiverged))
     except Exception as error:

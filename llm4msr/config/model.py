@@ -103,6 +103,9 @@ class TrainConfig(Section):
     num_workers: Annotated[Annotated[int, Field(ge=0)] | Range | Auto, SingleOrRange] = "auto"
     """DDP workers of Ray Train; 0 = in process; [fewest, most]: as many as there is room for, changing while it runs.
     auto: one per GPU; without a GPU 0."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Also of the runs of jobs.tune and jobs.compare. auto: GPUs where the cluster has any now; cuda: also those that
+    its autoscaler has yet to start (with num_workers of at least 1); cpu: none."""
     cpus_per_worker: PositiveInt | Auto = "auto"
     """Processors of a worker: one reads and collates, the others are threads of torch; 1 does both. auto: as many as
     let all workers fit on the nodes that are there (at most 8 beside a GPU)."""

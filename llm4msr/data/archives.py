@@ -101,7 +101,8 @@ def _members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes], i
         else:
             with gzip.open(archive) as file:
                 stream = _Counted(file, budget)
-                with tarfile.open(fileobj=stream, mode="r|") as opened:
+                # Its types ask for a whole file; a stream is only read.
+                with tarfile.open(fileobj=stream, mode="r|") as opened:  # type: ignore[call-overload]
                     for member in opened:
                         name = budget.admit(_of_tar(member))
                         stream.allow(member.size + _MAX_HEADER_BYTES)
@@ -122,7 +123,7 @@ class _Counted:
         budget: Says how many there may be in all.
     """
 
-    def __init__(self, file: IO[bytes], budget: _Budget) -> None:
+    def __init__(self, file: gzip.GzipFile, budget: _Budget) -> None:
         self._file, self._budget = file, budget
         self._left = budget.most + _PADDING_BYTES
         self.allow(_MAX_HEADER_BYTES)

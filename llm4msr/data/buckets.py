@@ -207,7 +207,8 @@ def _named_split(table: pa.Table, plan: Plan) -> np.ndarray:
             f"data.split.kind = 'column': user {row['user_id']!r}, item {row['item_id']!r} has no value in column "
             f"{plan.data.split.column!r}; valid values are {', '.join(SPLITS)}"
         )
-    return table["split"].to_numpy()
+    split_B: np.ndarray = table["split"].to_numpy()
+    return split_B
 
 
 def _with_negatives(

@@ -116,8 +116,8 @@ def find_data_set(name: str) -> DataSet:
     return DATA_SETS[name]
 
 
-def _zenodo(record: int, name: str, **known: str) -> RemoteFile:
-    return RemoteFile(f"https://zenodo.org/records/{record}/files/{name}", zenodo_record=record, **known)
+def _zenodo(record: int, name: str, md5: str | None = None, sha256: str | None = None) -> RemoteFile:
+    return RemoteFile(f"https://zenodo.org/records/{record}/files/{name}", md5, sha256, zenodo_record=record)
 
 
 def _kuaisar(name: str, file: RemoteFile, raw_folder: str, recipe: str) -> DataSet:

@@ -34,6 +34,8 @@ BAD_QUOTING = "bad quoting"
 _FLOAT = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _ARROW_TYPES = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
 
+ColumnType = Literal["int64", "float64", "string"]
+
 
 @dataclass(frozen=True)
 class Column:
@@ -48,7 +50,7 @@ class Column:
     """
 
     name: str
-    type: Literal["int64", "float64", "string"]
+    type: ColumnType
     aliases: tuple[str, ...] = ()
     required: bool = True
     nullable: bool = False
@@ -163,7 +165,7 @@ def _shorten(value: object) -> str:
 
 
 def _rejects(
-    uri: str, lines: Sequence[int], reason: str, details: Sequence[str], raw: pa.Array | pa.ChunkedArray
+    uri: str, lines: Sequence[int] | np.ndarray, reason: str, details: Sequence[str], raw: pa.Array | pa.ChunkedArray
 ) -> pa.Table:
     cut = pc.utf8_slice_codeunits(pc.utf8_rtrim(raw, "\r\n"), 0, RAW_CHARS)
     columns = [pa.array([uri] * len(lines), pa.string()), pa.array(lines, pa.int64())]
@@ -175,9 +177,9 @@ def _blocks(records: Records, columns: list[tuple[Column, int | None]], num_colu
     for chunk in records:
         rejects = []
         if chunk.bad:
-            lines, texts = zip(*chunk.bad, strict=True)
+            bad_lines, texts = zip(*chunk.bad, strict=True)
             detail = "a quoted cell does not end before a delimiter or the end of a line"
-            rejects.append(_rejects(records.uri, lines, BAD_QUOTING, [detail] * len(lines), pa.array(texts)))
+            rejects.append(_rejects(records.uri, bad_lines, BAD_QUOTING, [detail] * len(texts), pa.array(texts)))
         cells, wrong = _split_cells(chunk, records, [p for _, p in columns if p is not None], num_columns)
         good = np.ones(len(chunk.lines), bool)
         if wrong:

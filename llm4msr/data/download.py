@@ -148,8 +148,8 @@ def find_expected(file: RemoteFile, mirror: str | None, patience: Patience | Non
     if file.md5 or file.sha256:
         return Expected(file.md5, file.sha256, None, "the catalogue")
     if file.zenodo_record and mirror is None:
-        url = f"{_ZENODO_API}/{file.zenodo_record}"
-        return parse_zenodo(fetch_text(url, patience), file.name, url)
+        record_url = f"{_ZENODO_API}/{file.zenodo_record}"
+        return parse_zenodo(fetch_text(record_url, patience), file.name, record_url)
     url = file.checksum_url if mirror is None else f"{_url(file, mirror)}.md5"
     if url is None:
         return Expected()

@@ -88,7 +88,8 @@ def table_rows(ids: pa.Array | pa.ChunkedArray, keys: pa.Array, what: str) -> np
         missing = row_B < 0
     if missing.any():
         raise DataError(f"{what} id {ids[int(np.argmax(missing))].as_py()!r} is not among the {len(keys)} known ids")
-    return (row_B + 1).astype(np.int32)
+    known_row_B: np.ndarray = (row_B + 1).astype(np.int32)
+    return known_row_B
 
 
 def count_values(values: pa.Array | pa.ChunkedArray, weight_B: np.ndarray | None = None) -> pa.Table:
@@ -146,7 +147,8 @@ def encode_categorical(
     """Returns (B,) int32 indices; values outside the vocabulary become 1, null becomes `null_index`."""
     place_B = pc.fill_null(pc.index_in(values, vocabulary), UNSEEN_INDEX - FIRST_INDEX)
     place_B = pc.if_else(pc.is_null(values), null_index - FIRST_INDEX, place_B)
-    return (place_B.to_numpy(zero_copy_only=False) + FIRST_INDEX).astype(np.int32)
+    index_B: np.ndarray = (place_B.to_numpy(zero_copy_only=False) + FIRST_INDEX).astype(np.int32)
+    return index_B
 
 
 def encode_numeric(values: pa.Array | pa.ChunkedArray, mean: float, std: float) -> np.ndarray:
@@ -157,7 +159,8 @@ def encode_numeric(values: pa.Array | pa.ChunkedArray, mean: float, std: float) 
 
 def numbers(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Returns (B,) float64 values, NaN for null."""
-    return pc.fill_null(pc.cast(values, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    value_B: np.ndarray = pc.fill_null(pc.cast(values, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    return value_B
 
 
 def encode_sequence(values: pa.Array | pa.ChunkedArray, vocabulary: pa.Array, max_length: int) -> np.ndarray:

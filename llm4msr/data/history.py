@@ -45,7 +45,8 @@ class LikeLog:
 
     def num_likes(self, user_row_B: np.ndarray) -> np.ndarray:
         """Returns how many likes of each of the users the log holds, int32."""
-        return (self.offset_U[user_row_B + 1] - self.offset_U[user_row_B]).astype(np.int32)
+        count_B: np.ndarray = (self.offset_U[user_row_B + 1] - self.offset_U[user_row_B]).astype(np.int32)
+        return count_B
 
 
 class Moments:
@@ -69,7 +70,8 @@ class Moments:
     def number(self) -> np.ndarray:
         """Returns (B,) int32: the number of each row's moment among its user's, 0 first."""
         count_B = np.cumsum(self._first_of_moment_B == np.arange(len(self._first_of_moment_B)))
-        return (count_B - count_B[self._first_of_user_B]).astype(np.int32)
+        number_B: np.ndarray = (count_B - count_B[self._first_of_user_B]).astype(np.int32)
+        return number_B
 
     def count_before(self, event_B: np.ndarray) -> np.ndarray:
         """Returns (B,) int32: how many rows of the same user at earlier moments are events.
@@ -78,7 +80,8 @@ class Moments:
             event_B: (B,) bool.
         """
         earlier_B = np.cumsum(event_B) - event_B
-        return (earlier_B[self._first_of_moment_B] - earlier_B[self._first_of_user_B]).astype(np.int32)
+        before_B: np.ndarray = earlier_B[self._first_of_moment_B] - earlier_B[self._first_of_user_B]
+        return before_B.astype(np.int32)
 
     def largest_before(self, value_B: np.ndarray) -> np.ndarray:
         """Returns (B,) the largest value among the rows of the same user at earlier moments, 0 where there is none.

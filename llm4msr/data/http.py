@@ -147,7 +147,9 @@ def _continue(session: requests.Session, url: str, file: IO[bytes], state: Path,
     have = _size(file)
     if version and have and version.total == have:
         return
-    headers = {"Range": f"bytes={have}-", "If-Range": version.validator} if version and have else {}
+    headers = {}
+    if version and version.validator is not None and have:
+        headers = {"Range": f"bytes={have}-", "If-Range": version.validator}
     with _get(session, url, headers, patience) as response:
         if response.status_code == requests.codes.ok:
             if have:
@@ -217,7 +219,8 @@ def _get(
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
     """Yields the bytes as they are sent; a .gz file stays one, whatever the server calls it."""
-    return response.raw.stream(_CHUNK_BYTES, decode_content=False)
+    chunks: Iterator[bytes] = response.raw.stream(_CHUNK_BYTES, decode_content=False)
+    return chunks
 
 
 @contextmanager

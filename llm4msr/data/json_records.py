@@ -26,7 +26,7 @@ import pyarrow.json as pajson
 from llm4msr.data.csv import LINE, RAW, RAW_CHARS
 from llm4msr.data.source import Block, DataError
 from llm4msr.schema import REJECTS
-from llm4msr.storage import arrow_filesystem
+from llm4msr.storage import arrow_filesystem, told
 
 NOT_JSON = "not JSON"
 WRONG_TYPE = "wrong type"
@@ -82,7 +82,8 @@ def _texts(uri: str, block_bytes: int) -> Iterator[bytes]:
     """Yields the file's text in pieces that end before a line that begins an object."""
     fs, path = arrow_filesystem(uri)
     try:
-        stream = fs.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None)
+        with told(uri, "read", is_foreign=True):
+            stream = fs.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
     except OSError as error:
@@ -92,7 +93,8 @@ def _texts(uri: str, block_bytes: int) -> Iterator[bytes]:
     with stream:
         while True:
             try:
-                data = stream.read(max(block_bytes, len(pending)))
+                with told(uri, "read", is_foreign=True):
+                    data = stream.read(max(block_bytes, len(pending)))
             except OSError as error:
                 last = 1 + lines_done + pending.count(b"\n")
                 raise DataError(f"{uri}: cannot be read after line {last}: {error}") from error
@@ -211,7 +213,8 @@ def _columns(
     found: Sequence[tuple[dict[str, Any], int, str]], fields: Sequence[Field]
 ) -> tuple[dict[str, pa.Array], dict[int, str]]:
     """Returns the columns, null where a value has another type, and what is wrong with these objects, by place."""
-    columns, wrong = {}, {}
+    columns: dict[str, pa.Array] = {}
+    wrong: dict[int, str] = {}
     for field in fields:
         values = [_plain(value.get(field.name), field) for value, *_ in found]
         for row, value in enumerate(values):

@@ -23,7 +23,7 @@ from llm4msr import storage
 from llm4msr.config import DataConfig
 from llm4msr.data.csv import LINE, Column, find_columns, read_csv, read_header, reject_rows
 from llm4msr.data.source import Block, DataError, RawFeature, Shard
-from llm4msr.schema import KeyType, Scenario, Source, events_schema
+from llm4msr.schema import KeyType, Kind, Scenario, Source, events_schema
 
 RECOMMENDATION, SEARCH = 0, 1
 SCENARIOS = (
@@ -127,7 +127,7 @@ class KuaisarAdapter:
 
     @property
     def _events(self) -> pa.Schema:
-        context = (("search_source", "categorical"), (_KEYWORD.name, _KEYWORD.kind))
+        context: tuple[tuple[str, Kind], ...] = (("search_source", "categorical"), (_KEYWORD.name, _KEYWORD.kind))
         return events_schema("int64", "int64", context[: 2 if _KEYWORD.name in self._bags else 1])
 
     def shards(self) -> list[Shard]:

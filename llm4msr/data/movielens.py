@@ -8,7 +8,7 @@ tell. A row's label says whether the rating is at least `MovieLensConfig.positiv
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from llm4msr import storage
 from llm4msr.config import DataConfig
 from llm4msr.data.columns import join_text, to_time_ms
-from llm4msr.data.csv import LINE, Column, read_csv
+from llm4msr.data.csv import LINE, Column, ColumnType, read_csv
 from llm4msr.data.source import Block, DataError, RawFeature, Shard
 from llm4msr.data.tabular import DUPLICATE_KEY, NOT_A_TIME, BlockBuilder, first_seen
 from llm4msr.schema import KeyType, Scenario, Source
@@ -159,7 +159,7 @@ class MovieLensAdapter:
     def parse_events(self, shard: Shard) -> Iterator[Block]:
         """Parses the ratings; who is not in the users file has no age, hence no scenario."""
         users, bands = self._user_bands
-        types = {"user": "int64", "item": "int64", "rating": "float64", "timestamp": "int64"}
+        types: dict[str, ColumnType] = {"user": "int64", "item": "int64", "rating": "float64", "timestamp": "int64"}
         for block in self._read("events", shard.uri, [Column(name, kind) for name, kind in types.items()]):
             raw, rows = block.table.combine_chunks(), BlockBuilder(block, shard.uri)
             rating = raw["rating"].to_numpy()
@@ -180,7 +180,8 @@ class MovieLensAdapter:
     def parse_entities(self, source: Source) -> Iterator[Block]:
         """Parses the users or the movies; of rows with the same key the first one stays."""
         role = {"user": "users", "item": "items"}[source]
-        uri, seen = self._uri(role), set()
+        uri = self._uri(role)
+        seen: set[Hashable] = set()
         genres = self._genres() if (role, self._release) == ("items", _100K) else ()
         columns = {"users": _USER_COLUMNS, "items": _item_columns(self._release, len(genres))}[role]
         for block in self._read(role, uri, columns, len(genres)):

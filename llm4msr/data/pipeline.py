@@ -48,7 +48,7 @@ from llm4msr.data.shards import Plan, choose_num_buckets, parse_shard
 from llm4msr.data.source import Adapter, DataError
 from llm4msr.data.splits import TEST, Thresholds
 from llm4msr.data.versions import file_versions
-from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, Source, feature_table_schema
+from llm4msr.schema import REJECTS, SPLITS, FeatureSchema, KeyType, Source, feature_table_schema
 
 PREPARE_VERSION = 5
 
@@ -108,18 +108,20 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
     roles = report.by_role(parsed)
     _check_rejected(plan, roles, {})
     raw_rows = sum(role.num_good + role.num_rejected for role in roles)
+    num_with_rows = sum(bool(result["rows"]) for result in parsed)
 
     tables: dict[Source, pa.Table] = {}
     rejects: dict[str, list[pa.Table]] = {}
-    for source, column, key_type in (
+    levels: tuple[tuple[Source, str, KeyType], ...] = (
         ("user", "users", adapter.user_key_type),
         ("item", "pairs", adapter.item_key_type),
-    ):
+    )
+    for source, column, key_type in levels:
         entities, damaged, role = _read_entities(adapter, source)
         rejects[role.role] = damaged
         roles.append(role)
         _check_rejected(plan, roles, rejects)
-        seen = _read_staged(plan, column, [ID_FEATURES[source]])
+        seen = _read_staged(plan, column, num_with_rows, [ID_FEATURES[source]])
         ids = [t[c] for t, c in ((entities, "key"), (seen, ID_FEATURES[source])) if t is not None]
         raw_features = [f for f in adapter.features if f.source == source]
         tables[source] = features.align_entities(entities, features.sorted_keys(ids, key_type), raw_features)
@@ -128,7 +130,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
 
     if data.split.kind == "time" and thresholds.valid_from_ms is None:
         _run("time quantiles", count_moments, plan.num_buckets, plan)
-        moments = _read_staged(plan, "moments")
+        moments = _read_staged(plan, "moments", plan.num_buckets)
         at, num_rows = ([], []) if moments is None else (moments["timestamp_ms"], moments["num_rows"])
         thresholds = splits.quantile_thresholds(
             np.asarray(at, np.int64), np.asarray(num_rows, np.int64), data.split, thresholds.test_until_ms
@@ -142,8 +144,10 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
         user_keys=keys["user"],
         item_keys=keys["item"],
         thresholds=thresholds,
-        pools=_negative_pools(plan, keys["item"]),
+        pools=_negative_pools(plan, keys["item"], num_with_rows),
     )
+    num_written, num_found = sum(result["rows"] for result in parsed), sum(result["parsed"] for result in fitted)
+    _check_found(plan, num_written, num_found, "rows")
     rows_SC = np.sum([result["rows"] for result in fitted], axis=0)
     positives_SC = np.sum([result["positives"] for result in fitted], axis=0)
     report.check_splits(rows_SC, positives_SC, names, data.split.kind, thresholds)
@@ -153,7 +157,7 @@ def _build(plan: Plan, thresholds: Thresholds) -> dict[str, Any]:
     train_rows = {source: _train_rows(plan, source, len(keys[source])) for source in tables}
     schema, vocabularies = _write_features(plan, tables, train_rows, fitted)
     if logs:
-        history.write_logs(plan.uri, _read_staged(plan, "likes"), len(keys["user"]), logs)
+        history.write_logs(plan.uri, _read_staged(plan, "likes", plan.num_buckets), len(keys["user"]), logs)
     first_row_id = np.cumsum([0] + [np.sum(result["rows"]) for result in fitted])[:-1].tolist()
     encoded = _run(
         "encode",
@@ -231,7 +235,7 @@ def _run(stage: str, task: Callable[..., dict[str, Any]], num_tasks: int, plan: 
     return [results[i] for i in range(num_tasks)]
 
 
-def _call(row: dict[str, Any], task: Callable[..., dict[str, Any]], arguments: ray.ObjectRef) -> dict[str, Any]:
+def _call(row: dict[str, Any], task: Callable[..., dict[str, Any]], arguments: ray.ObjectRef[Any]) -> dict[str, Any]:
     """Runs one task on a worker; an error comes back as text.
 
     Ray would bury what is wrong with the data in an error of its own, and Ray Data retries a task without end, and
@@ -290,20 +294,38 @@ def _write_rejects(plan: Plan, uri: str, rejects: Mapping[str, Sequence[pa.Table
             writer.write_table(table.cast(REJECTS))
 
 
-def _read_staged(plan: Plan, kind: str, columns: Sequence[str] | None = None) -> pa.Table | None:
-    return storage.read_parquet(plan.staged(kind), columns) if storage.list_files(plan.staged(kind)) else None
+def _read_staged(plan: Plan, kind: str, num_files: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+    files = _staged_files(plan, kind, num_files)
+    return pa.concat_tables(storage.read_parquet(uri, columns) for uri in files) if files else None
 
 
-def _negative_pools(plan: Plan, item_keys: pa.Array) -> list[np.ndarray] | None:
+def _staged_files(plan: Plan, kind: str, num_files: int) -> list[str]:
+    """Lists intermediate files, of which the tasks have written so many."""
+    files = [uri for uri, _ in storage.list_files(plan.staged(kind), ".parquet")]
+    _check_found(plan, num_files, len(files), "files")
+    return files
+
+
+def _check_found(plan: Plan, num_written: int, num_found: int, what: str) -> None:
+    if num_found != num_written:
+        raise storage.StorageError(
+            f"{plan.staging_uri}: {num_written} {what} were written, {num_found} were found again: the store lists "
+            "late what was just written, or somebody removed it; give the same command again"
+        )
+
+
+def _negative_pools(plan: Plan, item_keys: pa.Array, num_with_rows: int) -> list[np.ndarray] | None:
     """Returns each scenario's distinct item rows: those the adapter names, or those seen in its interactions."""
     if not plan.data.negatives_per_positive:
         return None
     named = plan.adapter.negative_pools()
-    seen = _read_staged(plan, "pairs")
+    seen = _read_staged(plan, "pairs", num_with_rows)
     pools = []
     for scenario in range(len(plan.adapter.scenarios)):
         if named is not None:
             ids = named[scenario].filter(pc.is_in(named[scenario], item_keys))  # an item's damaged row gave it no key
+        elif seen is None:
+            ids = item_keys.slice(0, 0)
         else:
             ids = seen.filter(pc.equal(seen["scenario"], scenario))["item_id"].combine_chunks()
         pools.append(np.unique(features.table_rows(ids, item_keys, "item")))
@@ -313,7 +335,7 @@ def _negative_pools(plan: Plan, item_keys: pa.Array) -> list[np.ndarray] | None:
 def _train_rows(plan: Plan, source: Source, num_keys: int) -> np.ndarray:
     """Returns (num_keys + 1,) train rows of each table row; row 0 stays 0."""
     total = np.zeros(num_keys + 1, np.int64)
-    for uri, _ in storage.list_files(plan.staged(f"rows_of_{source}"), ".parquet"):
+    for uri in _staged_files(plan, f"rows_of_{source}", plan.num_buckets):
         counts = storage.read_parquet(uri)
         total[counts["row"].to_numpy()] += counts["num_rows"].to_numpy()
     return total
@@ -324,7 +346,8 @@ def _write_features(
 ) -> tuple[FeatureSchema, dict[str, pa.Array]]:
     """Fits all features on train; writes the feature tables, the vocabularies and the schema."""
     adapter, min_count = plan.adapter, plan.data.min_count
-    all_features, vocabularies, encoded = [], {}, {}
+    vocabularies: dict[str, pa.Array] = {}
+    all_features, encoded = [], {}
     for source, table in tables.items():
         raw_features = [f for f in adapter.features if f.source == source]
         found, encoded[source], fitted_vocabularies = features.fit_entities(
@@ -340,7 +363,7 @@ def _write_features(
                 moments = moments.merge(features.Moments(*result["moments"][raw.name]))
             all_features.append(features.fit_feature(raw, moments=moments))
         else:
-            counts = _read_staged(plan, f"values/{raw.name}")
+            counts = _read_staged(plan, f"values/{raw.name}", plan.num_buckets)
             vocabularies[raw.name] = features.fit_vocabulary(features.merge_counts([counts]), min_count)
             all_features.append(features.fit_feature(raw, vocabulary=vocabularies[raw.name]))
     schema = FeatureSchema(tuple(adapter.scenarios), tuple(all_features), adapter.user_key_type, adapter.item_key_type)

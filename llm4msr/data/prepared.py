@@ -92,7 +92,8 @@ class PreparedData:
         if scenario is not None and scenario not in self.schema.scenario_names:
             raise SchemaError(f"no scenario {scenario!r}; the data has {list(self.schema.scenario_names)}")
         wanted = (_known_split(split), scenario or ALL_SCENARIOS)
-        return next(r["num_rows"] for r in self.manifest["data"]["rows"] if (r["split"], r["scenario"]) == wanted)
+        rows = self.manifest["data"]["rows"]
+        return next(int(r["num_rows"]) for r in rows if (r["split"], r["scenario"]) == wanted)
 
     def users(self) -> pa.Table:
         """Returns the users' feature table; record i is table row i + 1."""

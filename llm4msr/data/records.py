@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm4msr.data.source import DataError
-from llm4msr.storage import arrow_filesystem
+from llm4msr.storage import arrow_filesystem, told
 
 # A quote that is not closed within this many bytes was never meant to be closed.
 MAX_RECORD_BYTES = 256 * 2**20
@@ -56,7 +56,8 @@ class Records:
         self._open = re.compile(rb'(?:%s%s)*+"(?:[^"]++|"")*+\Z' % (cell, re.escape(self.delimiter)))
         fs, path = arrow_filesystem(uri)
         try:
-            self._stream = fs.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None)
+            with told(uri, "read", is_foreign=True):
+                self._stream = fs.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None)
         except FileNotFoundError as error:
             raise DataError(f"{uri}: no such file") from error
         except OSError as error:
@@ -68,7 +69,8 @@ class Records:
 
     def _fill(self, num_bytes: int) -> None:
         try:
-            data = self._stream.read(num_bytes)
+            with told(self.uri, "read", is_foreign=True):
+                data = self._stream.read(num_bytes)
         except OSError as error:
             raise DataError(f"{self.uri}: cannot be read after line {self._line}: {error}") from error
         self._final = not data
@@ -106,8 +108,9 @@ class Records:
         if not self.quoting:
             return self._pending[:end] if end else self._pending if self._final else None
         match = self._record.match(self._pending)
-        complete = match and (self._final or match.group().endswith(b"\n"))
-        return match.group() if complete else None
+        if match is None or not (self._final or match.group().endswith(b"\n")):
+            return None
+        return match.group()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yields the chunks; a single empty one where there is no record."""
@@ -210,4 +213,5 @@ def _record_ends(text: bytes, delimiter: int, quoted: bool) -> np.ndarray | None
     closes = (after == delimiter) | (after == _NEWLINE) | (after == _RETURN) | (after == _QUOTE)
     if not (opens.all() and closes.all()):
         return None
-    return newlines[np.searchsorted(quotes, newlines) % 2 == 0] + 1
+    start_N: np.ndarray = newlines[np.searchsorted(quotes, newlines) % 2 == 0] + 1
+    return start_N

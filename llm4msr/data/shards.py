@@ -112,7 +112,8 @@ def parse_shard(index: int, plan: Plan) -> dict[str, Any]:
         DataError: The adapter yields rows that break its contract.
     """
     shard = plan.shards[index]
-    num_rows, rejected = 0, Counter()
+    num_rows = 0
+    rejected: Counter[str] = Counter()
     users: list[pa.Array] = []
     pairs: list[pa.Table] = []
     rejects: list[pa.Table] = []

@@ -29,6 +29,9 @@ class Shard:
     num_bytes: int
 
 
+RawKind = Literal["categorical", "numeric", "sequence"]
+
+
 @dataclass(frozen=True)
 class RawFeature:
     """A feature before its vocabulary is fitted.
@@ -42,7 +45,7 @@ class RawFeature:
 
     name: str
     source: Source
-    kind: Literal["categorical", "numeric", "sequence"]
+    kind: RawKind
     max_length: int = 0
 
 
@@ -63,10 +66,21 @@ class Block:
 class Adapter(Protocol):
     """One raw layout. Built from the data configuration; picklable; opens files only when asked to parse."""
 
-    scenarios: tuple[Scenario, ...]
-    user_key_type: KeyType
-    item_key_type: KeyType
-    features: tuple[RawFeature, ...]  # beyond the ids, which are features of every data set
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        """The scenarios, in the order of their indices."""
+
+    @property
+    def user_key_type(self) -> KeyType:
+        """The type of a user's id."""
+
+    @property
+    def item_key_type(self) -> KeyType:
+        """The type of an item's id."""
+
+    @property
+    def features(self) -> tuple[RawFeature, ...]:
+        """Features beyond the ids, which are features of every data set."""
 
     def shards(self) -> list[Shard]:
         """Lists the raw files, interactions, users and items alike.

@@ -58,7 +58,8 @@ def bucket_of(user_ids: pa.Array, num_buckets: int) -> np.ndarray:
         x_B = (x_B ^ (x_B >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x_B = (x_B ^ (x_B >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x_B ^= x_B >> np.uint64(31)
-        return (x_B % np.uint64(num_buckets)).astype(np.int64)
+        bucket_B: np.ndarray = (x_B % np.uint64(num_buckets)).astype(np.int64)
+        return bucket_B
     encoded = user_ids.dictionary_encode()
     hashes = np.array([zlib.crc32(value.encode()) for value in encoded.dictionary.to_pylist()], np.int64)
     return (hashes % num_buckets)[encoded.indices.to_numpy()] if len(encoded) else np.zeros(0, np.int64)
@@ -66,7 +67,8 @@ def bucket_of(user_ids: pa.Array, num_buckets: int) -> np.ndarray:
 
 def moments_ms(timestamps: pa.Array) -> np.ndarray:
     """Returns (B,) int64 timestamps in ms; rows without one get the smallest int64, so that they sort first."""
-    return pc.fill_null(timestamps, NO_TIME).to_numpy(zero_copy_only=False)
+    moment_B: np.ndarray = pc.fill_null(timestamps, NO_TIME).to_numpy(zero_copy_only=False)
+    return moment_B
 
 
 def order_rows(user_row_B: np.ndarray, timestamp_ms_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
@@ -93,9 +95,9 @@ def configured_thresholds(split: SplitConfig) -> Thresholds:
     """
     names = ("valid_from", "test_from", "test_until")
     found = {name: _parse_moment(name, getattr(split, name), split.timezone) for name in names}
-    given = [(name, found[name]) for name in names if found[name] is not None]
-    for (name, moment), (later_name, later) in itertools.pairwise(given):
-        if moment >= later:
+    given = [(name, moment) for name, moment in found.items() if moment is not None]
+    for (name, earlier), (later_name, later) in itertools.pairwise(given):
+        if earlier >= later:
             raise ConfigError(
                 f"data.split.{name} = {getattr(split, name)!r} must be before "
                 f"data.split.{later_name} = {getattr(split, later_name)!r}"

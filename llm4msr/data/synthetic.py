@@ -67,7 +67,8 @@ def generate(config: SyntheticConfig, raw_uri: str) -> dict[str, Any]:
     if storage.is_finished(raw_uri):
         manifest = storage.read_json(storage.join(raw_uri, storage.MANIFEST))
         if manifest.get("synthetic") == identity:
-            return manifest["truth"]
+            known: dict[str, Any] = manifest["truth"]
+            return known
     _clear(raw_uri, identity)
     truth: dict[str, Any] = {"users": config.num_users, "items": config.num_items}
     items = Items(config)
@@ -139,7 +140,7 @@ def _draw_clicks(
 ) -> np.ndarray:
     logit = BIAS[scenario] + TASTE * leaning + quality
     noisy = logit + rng.normal(0, NOISE_STD, len(logit))
-    click = rng.random(len(logit)) < 1 / (1 + np.exp(-noisy))
+    click: np.ndarray = rng.random(len(logit)) < 1 / (1 + np.exp(-noisy))
     truth[f"{scenario}_clicks"] = int(click.sum())
     truth.setdefault("oracle_auc", {})[scenario] = _auc(logit, click)
     truth.setdefault("quality_auc", {})[scenario] = _auc(quality, click)

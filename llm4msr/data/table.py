@@ -10,7 +10,7 @@ other formats (JSON lines, Avro): convert them to Parquet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from llm4msr.config import DataConfig, TableFeature
 from llm4msr.data import columns
 from llm4msr.data.csv import LINE, NOT_A_NUMBER
-from llm4msr.data.source import Block, DataError, RawFeature, Shard
+from llm4msr.data.source import Block, DataError, RawFeature, RawKind, Shard
 from llm4msr.data.table_layout import ROLE_OF, TableLayout
 from llm4msr.data.tabular import DUPLICATE_KEY, NOT_A_TIME, BlockBuilder, first_seen, nearest, read_blocks
 from llm4msr.schema import KeyType, Scenario, Source, key_arrow_type
@@ -33,7 +33,12 @@ UNKNOWN_SCENARIO = "unknown scenario"
 
 # Without a position column: position = (place of the file << this) + line.
 _LINE_BITS = 40
-_KIND = {"categorical": "categorical", "numeric": "numeric", "text": "sequence", "sequence": "sequence"}
+_KIND: dict[str, RawKind] = {
+    "categorical": "categorical",
+    "numeric": "numeric",
+    "text": "sequence",
+    "sequence": "sequence",
+}
 
 
 class TableAdapter:
@@ -159,8 +164,8 @@ class TableAdapter:
             "user": (table.user_column, self.user_key_type, table.user_text_columns, None),
             "item": (table.item_column, self.item_key_type, table.item_text_columns, table.item_scenario_column),
         }[source]
-        seen_rows: set = set()
-        seen_keys: set = set()
+        seen_rows: set[Hashable] = set()
+        seen_keys: set[Hashable] = set()
         for shard in self._layout.files(role):
             self._layout.check_columns(shard)
             for block in read_blocks(shard.uri, self._layout.columns(role)):
@@ -240,12 +245,12 @@ class TableAdapter:
             rows.reject(bad, NOT_A_NUMBER, feature.name)
             rows.add(feature.name, values)
         else:
-            convert = {
+            converters: dict[str, Callable[[pa.ChunkedArray], pa.Array]] = {
                 "categorical": columns.to_text,
                 "text": columns.to_words,
                 "sequence": partial(columns.to_sequence, separator=feature.separator),
-            }[feature.kind]
-            rows.add(feature.name, convert(column))
+            }
+            rows.add(feature.name, converters[feature.kind](column))
 
 
 def _scatter(mask: np.ndarray, values: np.ndarray) -> np.ndarray:

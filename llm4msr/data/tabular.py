@@ -18,7 +18,7 @@ from llm4msr.data.columns import to_text
 from llm4msr.data.csv import LINE, MISSING_VALUE, RAW, Column, read_csv, read_header, reject_rows
 from llm4msr.data.source import Block, DataError
 from llm4msr.schema import REJECTS
-from llm4msr.storage import arrow_filesystem
+from llm4msr.storage import arrow_filesystem, told
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 DUPLICATE_KEY = "duplicate key"
@@ -61,9 +61,13 @@ def read_blocks(uri: str, columns: Sequence[str]) -> Iterator[Block]:
         yield from read_csv(uri, wanted, delimiter=_delimiter(uri))
 
 
-def first_seen(keys: Iterable[Hashable], seen: set) -> np.ndarray:
+def first_seen(keys: Iterable[Hashable], seen: set[Hashable]) -> np.ndarray:
     """Tells which keys were not seen before, in `seen` or earlier in `keys`, and adds all to `seen`."""
-    return np.fromiter((not (key in seen or seen.add(key)) for key in keys), bool)
+    is_new = []
+    for key in keys:
+        is_new.append(key not in seen)
+        seen.add(key)
+    return np.array(is_new, bool)
 
 
 class BlockBuilder:
@@ -125,7 +129,8 @@ def _delimiter(uri: str) -> str:
 def _parquet(uri: str) -> pq.ParquetFile:
     fs, path = arrow_filesystem(uri)
     try:
-        return pq.ParquetFile(path, filesystem=fs)
+        with told(uri, "read", is_foreign=True):
+            return pq.ParquetFile(path, filesystem=fs)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -19,15 +19,16 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llm4msr import storage
+from llm4msr import logs, storage
 from llm4msr.config import ConfigError, KnowledgeConfig
 from llm4msr.knowledge.engines.build import build_engine
 from llm4msr.knowledge.engines.interface import BatchDone, DeviceLostError, Engine, Hardware, OnBatch, failed_batch
 from llm4msr.knowledge.engines.model_files import EMBEDDED, EncoderError
 from llm4msr.knowledge.plan import num_planned
-from llm4msr.knowledge.progress import Monitor, Reading
+from llm4msr.knowledge.progress import LOADING, Monitor, Reading
 from llm4msr.knowledge.prompts import PARTS, prompts_from_table
 from llm4msr.knowledge.store import KnowledgeStore, keys_to_numpy
+from llm4msr.placement import Node, alive_nodes, most_cpus, num_fitting
 
 # The embedded encoder runs one thread per actor: on two idle cores that is as fast as one actor of two threads (82
 # prompts of 88 tokens per second), on busy ones at least twice as fast, since threads of one actor wait for each other.
@@ -68,25 +69,27 @@ class Pool:
         return "cuda" if self.num_gpus else "cpu"
 
 
-def plan_pool(config: KnowledgeConfig, gpus_of_nodes: Sequence[int], num_cpus: int) -> Pool:
+def plan_pool(config: KnowledgeConfig, nodes: Sequence[Node]) -> Pool:
     """Returns the actors for a cluster: as many as its GPUs hold, or without any, as its CPUs are good for.
+
+    Actors for GPUs that are not there yet ask for one CPU each, which any node with a GPU has, unless
+    `cpus_per_actor` says more.
 
     Args:
         config: `num_actors` where it is not "auto" is taken as it is.
-        gpus_of_nodes: GPUs of each node of the cluster as it is now.
-        num_cpus: CPUs of the cluster as it is now.
+        nodes: Of the cluster as it is now; one that grows may have none yet.
 
     Raises:
         ConfigError: More actors are asked for than can run at once on a cluster that does not grow, or GPUs that are
             not there without saying how many actors.
     """
-    num_gpus, share = sum(gpus_of_nodes), config.gpus_per_actor
+    num_gpus, share = sum(node.num_gpus for node in nodes), config.gpus_per_actor
     on_gpu = config.engine == "vllm" or (
         config.engine == "transformers" and (config.device == "cuda" or (config.device == "auto" and num_gpus > 0))
     )
-    # An actor's GPUs are parts of one, or whole ones of one node.
-    fit_on_gpus = sum(int(n / share) if share >= 1 else n * int(1 / share) for n in gpus_of_nodes)
+    gpus = share if on_gpu else 0
     own_cpus = None if config.cpus_per_actor == "auto" else config.cpus_per_actor
+    fit_on_gpus = num_fitting(nodes, own_cpus or 1, share)
     if config.num_actors != "auto":
         low, high = (config.num_actors,) * 2 if isinstance(config.num_actors, int) else config.num_actors
     elif on_gpu and not fit_on_gpus:
@@ -96,20 +99,33 @@ def plan_pool(config: KnowledgeConfig, gpus_of_nodes: Sequence[int], num_cpus: i
         )
     elif on_gpu:
         low = high = fit_on_gpus
+    elif config.engine == "openai":
+        low = high = 1
     else:
-        wanted = own_cpus or (MAX_CPUS_PER_ACTOR if config.engine != "openai" and config.model != EMBEDDED else 1)
-        low = high = 1 if config.engine == "openai" else max(1, num_cpus // min(wanted, num_cpus))
+        largest = max([node.num_cpus for node in nodes], default=0)
+        wanted = own_cpus or min(MAX_CPUS_PER_ACTOR if config.model != EMBEDDED else 1, max(largest, 1))
+        low = high = max(1, num_fitting(nodes, wanted, 0))
     ceiling = 1 if config.engine == "openai" else MAX_CPUS_PER_ACTOR
     at_once = max(low, min(high, fit_on_gpus)) if on_gpu else low
-    per_actor = own_cpus or max(1, min(num_cpus // at_once, ceiling))
-    fit = fit_on_gpus if on_gpu else num_cpus // per_actor
+    per_actor = own_cpus or most_cpus(nodes, at_once, gpus, ceiling)
+    fit = num_fitting(nodes, per_actor, gpus)
     if isinstance(config.num_actors, int) and low > fit:
-        have = f"{num_gpus} GPUs" if on_gpu else f"{num_cpus} CPUs"
+        num_cpus = sum(node.num_cpus for node in nodes)
+        have = f"{num_gpus} GPUs and {num_cpus} CPUs" if on_gpu else f"{num_cpus} CPUs"
         raise ConfigError(
-            f"knowledge.num_actors {low}: the cluster has {have}, enough for {fit}; give at most that, or "
-            "[fewest, most] on a cluster that grows"
+            f"knowledge.num_actors {low}: the cluster has {have}, enough for {fit} with {per_actor} CPUs each; give at "
+            "most that, or [fewest, most] on a cluster that grows"
         )
-    return Pool(low, high, share if on_gpu else 0, per_actor)
+    return Pool(low, high, gpus, per_actor)
+
+
+def waited_for(pool: Pool, nodes: Sequence[Node]) -> str | None:
+    """Returns what the autoscaler has to start before the fewest actors can run; None where they have room now."""
+    room = num_fitting(nodes, pool.num_cpus, pool.num_gpus)
+    if room >= pool.min_actors:
+        return None
+    each = f"{pool.num_cpus} CPUs" + (f" and {pool.num_gpus:g} GPUs" if pool.num_gpus else "")
+    return f"nodes for {pool.min_actors - room} of {pool.min_actors} actors, {each} each"
 
 
 class EncodeUnit:
@@ -148,6 +164,7 @@ class EncodeUnit:
         self._files = files
         self._on_begin, self._on_ready, self._on_batch = on_begin, on_ready, on_batch
         self._engine: Engine | None = None
+        logs.describe(stage="extract")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Runs the units in column ``unit``; returns a row of schema `DONE` for each."""
@@ -188,6 +205,7 @@ class EncodeUnit:
                     f"{ray.util.get_node_ip_address()} has {engine.identity}"
                 )
             self._engine = engine
+            logger.info("language model loaded on %s", engine.hardware.device)
             if self._on_ready is not None:
                 self._on_ready(engine.hardware)
         return self._engine
@@ -231,7 +249,7 @@ def encode_units(
     # The figures die with the driver's node, if at all, and are never a reason to fail.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    tally = ray.remote(_Tally).options(**options).remote()
+    tally: Any = ray.remote(_Tally).options(**options).remote()  # Ray's types lack its methods' .remote
     work = ray.data.from_arrow([units.slice(i, 1).combine_chunks() for i in range(len(units))])
     share = min(1.0, pool.num_gpus) or 1.0  # of a device, and so of its peak
 
@@ -274,9 +292,14 @@ def encode_units(
             num_cpus=pool.num_cpus,
             runtime_env={"env_vars": CPU_ENVIRONMENT} if pool.device == "cpu" else None,
         )
+    if lacking := waited_for(pool, alive_nodes(ray.nodes())):
+        logger.warning(
+            "waiting for %s: the cluster does not have them now; `ray status` says what is on its way", lacking
+        )
+    until_ready = f"waiting for {lacking}" if lacking else LOADING
     num_failed, complete = 0, True
     started = time.monotonic()
-    with Monitor(lambda: ray.get(tally.read.remote()), total, tensorboard_uri):
+    with Monitor(lambda: ray.get(tally.read.remote()), total, tensorboard_uri, until_ready):
         for row in results.iter_rows():
             num_failed += row["num_failed"]
             if num_failed > max_failed or row["num_failed_scenarios"]:

@@ -147,7 +147,7 @@ def explain(extraction: Extraction, level: Level, subject_id: str, num_neighbour
     at = int(spaces[level].index_N[row])
     has_knowledge = level in manifest["levels"] and at >= spaces[level].first_row
     reading, notes = _reading(extraction, level, row, has_knowledge)
-    nearest: dict[str, tuple[Neighbour, ...]] = {"user": (), "item": ()}
+    nearest: dict[Level, tuple[Neighbour, ...]] = {"user": (), "item": ()}
     scenarios: tuple[ScenarioSimilarity, ...] = ()
     if has_knowledge:
         notes.append(_SIMILARITY)

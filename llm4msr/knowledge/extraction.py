@@ -97,7 +97,7 @@ class Extraction:
             record_M = np.flatnonzero(np.isin(row_N, rows))
             return record_M, row_N[record_M]
 
-        found = {}
+        found: dict[int, pa.Table] = {}
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             for uri, (record_M, row_M) in zip(uris, pool.map(find, uris), strict=True):
                 if len(record_M):
@@ -111,7 +111,8 @@ def _finished(root: str) -> dict[str, dict[str, Any]]:
     if not storage.exists(root):
         return {}
     fs, path = storage.filesystem(root)
-    entries = fs.ls(path, detail=True)
+    with storage.told(root, "listed"):
+        entries = fs.ls(path, detail=True)
     names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
     manifests = {
         name: storage.read_json(storage.join(root, name, storage.MANIFEST))

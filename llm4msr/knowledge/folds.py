@@ -26,7 +26,8 @@ def folds_of(user_row_B: np.ndarray, moment_B: np.ndarray, num_folds: int) -> np
         moment_B: Number of the row's moment among its user's (`schema.rows_schema`).
         num_folds: F.
     """
-    return (user_row_B.astype(np.int64) + moment_B) % num_folds
+    fold_B: np.ndarray = (user_row_B.astype(np.int64) + moment_B) % num_folds
+    return fold_B
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,5 @@ class UserFolds:
 
     def rows(self, user_row_B: np.ndarray, moment_B: np.ndarray) -> np.ndarray:
         """Returns (B,) the rows of `vectors_NK` that training rows may see."""
-        return self.index_FN[folds_of(user_row_B, moment_B, len(self.index_FN)), user_row_B]
+        row_B: np.ndarray = self.index_FN[folds_of(user_row_B, moment_B, len(self.index_FN)), user_row_B]
+        return row_B

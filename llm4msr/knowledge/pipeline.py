@@ -43,6 +43,7 @@ from llm4msr.knowledge.progress import speed, write_scalars
 from llm4msr.knowledge.prompt_stage import all_prompts
 from llm4msr.knowledge.store import KnowledgeStore, StoreIndex
 from llm4msr.knowledge.table import FILES, load_array
+from llm4msr.placement import alive_nodes
 from llm4msr.storage import MANIFEST
 
 SAMPLE_FILE = "prompts.txt"
@@ -148,9 +149,7 @@ def _pool_users(job: _Job, num_users: int) -> int:
 
 def _open(config: Config) -> _Job:
     prepared = PreparedData.open(workspace.prepared_uri(config))
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus_of_nodes = [int(node.get("GPU", 0)) for node in resources]
-    pool = plan_pool(config.knowledge, gpus_of_nodes, int(sum(node.get("CPU", 0) for node in resources)))
+    pool = plan_pool(config.knowledge, alive_nodes(ray.nodes()))
     identity = engine_identity(config.knowledge, pool.device)
     if config.knowledge.engine == "transformers":
         # One dtype and one commit on all nodes, whatever their processors prefer and their caches hold.

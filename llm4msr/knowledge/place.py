@@ -17,7 +17,7 @@ PROMPTS_DIRECTORY = "prompts"
 SUMMARY_FILE = "summary.json"
 ERRORS_FILE = "errors.parquet"
 # Fields of `KnowledgeConfig` that say how the work is done, not what comes out.
-_HOW = {
+_HOW: dict[str, bool | set[str]] = {
     **dict.fromkeys(("attention", "compile", "batch_tokens", "device", "num_actors", "gpus_per_actor"), True),
     **dict.fromkeys(("cpus_per_actor", "rows_per_commit", "max_error_fraction"), True),
     "openai": {"base_url", "api_key_env", "max_in_flight", "requests_per_minute", "timeout_s", "max_retries"},

@@ -138,4 +138,5 @@ def _pool(likes: _Likes, vector_LK: np.ndarray, num_folds: int) -> tuple[np.ndar
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Brings the vectors along the last axis to length 1, in float64; one of zeros stays."""
     vectors = vectors.astype(np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), MIN_STD)
+    units: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), MIN_STD)
+    return units

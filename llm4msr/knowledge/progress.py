@@ -18,6 +18,7 @@ from llm4msr import storage
 from llm4msr.knowledge.engines.interface import BatchDone, Hardware
 
 PROGRESS_SECONDS = 5.0
+LOADING = "loading the language model"
 
 logger = logging.getLogger("llm4msr.knowledge")
 
@@ -41,16 +42,17 @@ class Reading:
     actor_seconds: float
 
 
-def progress_line(reading: Reading, total: int) -> str:
+def progress_line(reading: Reading, total: int, until_ready: str = LOADING) -> str:
     """Returns how far the encoding is, how fast, how much went wrong, and when it should end.
 
     Args:
         reading: The sums so far.
         total: Prompts to encode.
+        until_ready: What is said before the first actor is ready.
     """
     done = min(reading.done.num_prompts, total)
     if not done:
-        return "loading the language model" if reading.hardware is None else f"encoded 0/{total} prompts"
+        return until_ready if reading.hardware is None else f"encoded 0/{total} prompts"
     seconds = max(reading.seconds, 1e-9)
     left = round((total - done) * seconds / done)
     failed = f", {reading.done.num_failed} failed" if reading.done.num_failed else ""
@@ -119,10 +121,11 @@ class Monitor:
         read: Returns the sums so far.
         total: Prompts to encode.
         target_uri: Directory for TensorBoard's files, local or remote.
+        until_ready: As of `progress_line`.
     """
 
-    def __init__(self, read: Callable[[], Reading], total: int, target_uri: str) -> None:
-        self._read, self._total, self._target = read, total, target_uri
+    def __init__(self, read: Callable[[], Reading], total: int, target_uri: str, until_ready: str = LOADING) -> None:
+        self._read, self._total, self._target, self._until_ready = read, total, target_uri, until_ready
         self._ended = threading.Event()
         self._stack = ExitStack()
 
@@ -145,7 +148,7 @@ class Monitor:
         with SummaryWriter(folder) as self._writer:
             while not self._ended.wait(PROGRESS_SECONDS):
                 reading = self._read()
-                logger.info(progress_line(reading, self._total))
+                logger.info(progress_line(reading, self._total, self._until_ready))
                 self._record(reading)
             self._record(self._read())
 

@@ -167,7 +167,8 @@ def keep_previous(prompts: pa.Table, old: pa.Table, liked: LikedRows, min_new_ev
 
 def keys_differ(a: pa.ChunkedArray, b: pa.ChunkedArray) -> np.ndarray:
     """Returns where two columns of keys differ."""
-    return pc.not_equal(a.combine_chunks(), b.combine_chunks()).to_numpy(zero_copy_only=False)
+    differ: np.ndarray = pc.not_equal(a.combine_chunks(), b.combine_chunks()).to_numpy(zero_copy_only=False)
+    return differ
 
 
 def write_item_prompts(subjects: Subjects, item_keys: pa.Array, first_row: int, target_uri: str) -> int:
@@ -209,8 +210,8 @@ def write_sample(files: Sequence[str], target_uri: str) -> None:
         have = texts.setdefault(level, [])
         if len(have) < NUM_SAMPLES:
             have += storage.read_parquet(file, ["text"])["text"].slice(0, NUM_SAMPLES - len(have)).to_pylist()
-    with storage.atomic_write(target_uri) as file:
-        file.write(("\n\n".join(text for have in texts.values() for text in have) + "\n").encode())
+    with storage.atomic_write(target_uri) as target:
+        target.write(("\n\n".join(text for have in texts.values() for text in have) + "\n").encode())
 
 
 def _bucket(uri: str) -> int:

@@ -86,13 +86,13 @@ def _write(
         with_users="user" in settings.levels and settings.user_vectors == "prompt",
     )
     shared = ray.put(subjects)
-    old = previous and _previous(previous, prepared, settings)
+    old = None if previous is None else _previous(previous, prepared, settings)
     # Files of an earlier attempt, which was killed or had other buckets.
     storage.remove(root)
     write_users, write_items = ray.remote(write_user_prompts), ray.remote(write_item_prompts)
     files = [(uri, uri.rsplit("/", 1)[-1]) for uri, _ in prepared.files("train")]
     users_done = [write_users.remote(shared, uri, storage.join(root, name), old) for uri, name in files]
-    item_files = []
+    item_files: list[dict[str, Any]] = []
     if "item" in settings.levels:
         for number, first in enumerate(range(0, len(items), ITEMS_PER_FILE)):
             keys, name = items["key"].slice(first, ITEMS_PER_FILE).combine_chunks(), f"items-{number:05d}.parquet"
@@ -104,7 +104,7 @@ def _write(
             f"{prepared.uri}: no user has a training row with label 1, so there is nothing to ask the language model; "
             "check the labels of the raw data and data.split"
         )
-    entries = []
+    entries: list[dict[str, Any]] = []
     if "scenario" in settings.levels:
         number = write_scenario_prompts(subjects, stats, storage.join(root, SCENARIOS_FILE))
         entries.append({"file": SCENARIOS_FILE, "level": "scenario", "num_prompts": number})
@@ -122,7 +122,7 @@ def _write(
     return {"files": entries, "counts": counts, "num_buckets": prepared.manifest["num_buckets"]}
 
 
-def _gather(tasks: list[ray.ObjectRef]) -> tuple[ScenarioStats, list[int], int]:
+def _gather(tasks: list[ray.ObjectRef[Any]]) -> tuple[ScenarioStats, list[int], int]:
     """Returns the counts of all buckets, added up as they come in, the prompts of each, and users that kept theirs."""
     stats, num_prompts, num_kept = None, [0] * len(tasks), 0
     place_of, waiting = {task: i for i, task in enumerate(tasks)}, tasks

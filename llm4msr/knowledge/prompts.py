@@ -85,8 +85,8 @@ class Prompt:
             body_characters: Keep so many characters of what stands before the instruction; None for all.
         """
         listed: list[list[str]] = [[] for _ in self.sections]
-        for section, event in list(zip(self.event_sections, self.events, strict=True))[:num_events]:
-            listed[section].append(event)
+        for place, event in list(zip(self.event_sections, self.events, strict=True))[:num_events]:
+            listed[place].append(event)
         lines = [self.head] if self.head else []
         for section, events in zip(self.sections, listed, strict=True):
             lines.append(f"{section}: {'; '.join(events)}" if events else section)

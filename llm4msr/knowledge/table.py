@@ -87,7 +87,7 @@ class KnowledgeTable:
     @property
     def width(self) -> int:
         """Length K of every vector."""
-        return self.users_NK.shape[1]
+        return int(self.users_NK.shape[1])
 
     @property
     def num_users_with_knowledge(self) -> int:
@@ -206,10 +206,13 @@ def load_array(uri: str) -> np.ndarray:
     """
     try:
         if storage.is_local(uri):
-            return np.load(storage.local_path(uri), mmap_mode="r", allow_pickle=False)
-        fs, path = storage.filesystem(uri)
-        with fs.open(path, "rb") as file:
-            return np.load(file, allow_pickle=False)
+            array: np.ndarray = np.load(storage.local_path(uri), mmap_mode="r", allow_pickle=False)
+            return array
+        with storage.open_file(uri) as file:
+            array = np.load(file, allow_pickle=False)
+            return array
+    except storage.RemoteError:
+        raise
     except FileNotFoundError as error:
         raise storage.StorageError(
             f"{uri}: no such file; a knowledge table is made of {', '.join(FILES.values())}, one without them all is "

@@ -49,7 +49,7 @@ def encode_rows(
         batch_format="pyarrow",
     )
     return encode_dataset(rows, config, num_actors, build).map_batches(
-        commit_rows,
+        commit_rows,  # type: ignore[arg-type]  # Ray's types know no function with fn_kwargs
         batch_size=config.rows_per_commit,
         batch_format="pyarrow",
         fn_kwargs={"identity": identity, "store_root": store_root, "on_batch": on_batch},

@@ -52,7 +52,8 @@ class FeatureEmbedding(nn.Module):
         self, schema: FeatureSchema, embedding_dim: int, unseen_dropout: float = 0.0, materialize: bool = True
     ) -> None:
         super().__init__()
-        categorical, sequences, histories = map(schema.select, ("categorical", "sequence", "history"))
+        categorical, sequences = schema.select("categorical"), schema.select("sequence")
+        histories = schema.select("history")
         features = [*categorical, *sequences]
         self.table_seeds = torch.randint(2**62, (len(features),), device="cpu").tolist()
         tables = [
@@ -83,6 +84,7 @@ class FeatureEmbedding(nn.Module):
         for table, ids_BT in zip(self.sequence_tables, batch.sequences, strict=True):
             parts.append(table(ids_BT).sum(1) / sequence_length(ids_BT))  # the padding row is zero
         for pool, ids_BT in zip(self.histories, batch.histories, strict=True):
+            assert self.item_column is not None
             parts.append(pool(ids_BT, self.tables[self.item_column](ids_BT), parts[self.item_column]))
         return torch.cat([*parts, batch.numeric_BN], dim=1)
 
@@ -126,4 +128,5 @@ def _table(num_embeddings: int, embedding_dim: int, seed: int, materialize: bool
     weight_VE = torch.empty(num_embeddings, embedding_dim, device=None if materialize else "meta")
     if weight_VE.device.type != "meta":
         fill_rows(weight_VE, 0, num_embeddings, seed)
-    return nn.Embedding.from_pretrained(weight_VE, freeze=False, padding_idx=PADDING_INDEX, sparse=True)
+    table: nn.Embedding = nn.Embedding.from_pretrained(weight_VE, freeze=False, padding_idx=PADDING_INDEX, sparse=True)
+    return table

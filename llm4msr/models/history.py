@@ -44,7 +44,7 @@ class AttentionPooling(nn.Module):
         item_ME = items_BTE[held_BT]
         candidate_ME = candidate_BE.index_select(0, held_BT.nonzero()[:, 0])
         both = [item_ME, candidate_ME, item_ME - candidate_ME, item_ME * candidate_ME]
-        weight_M = self.unit(torch.cat(both, dim=1)).squeeze(1)
+        weight_M: torch.Tensor = self.unit(torch.cat(both, dim=1)).squeeze(1)
         weight_BT = weight_M.new_zeros(ids_BT.shape).masked_scatter(held_BT, weight_M)
         return (weight_BT.unsqueeze(2) * items_BTE).sum(1)
 

@@ -8,11 +8,19 @@ Axes: B rows, S scenarios, D input width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """Returns an nn.ModuleList, which knows no element type, typed as a sequence of what it holds."""
+    return cast(Sequence[M], nn.ModuleList(modules))
 
 
 class Dropout(nn.Dropout):
@@ -41,14 +49,17 @@ class _Permute(torch.autograd.Function):
     """x[order_B], its gradient gathered by the inverse: no row meets another, so nothing needs adding."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, order_B: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, order_B: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(order_B, inverse_B)
         return x.index_select(0, order_B)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         order_B, inverse_B = ctx.saved_tensors
-        return _Permute.apply(gradient, inverse_B, order_B), None, None
+        return _permute(gradient, inverse_B, order_B), None, None
+
+
+_permute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = _Permute.apply
 
 
 class Order:
@@ -65,11 +76,11 @@ class Order:
 
     def sort(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the rows of x sorted by scenario."""
-        return _Permute.apply(x, self._order_B, self._place_B)
+        return _permute(x, self._order_B, self._place_B)
 
     def restore(self, sorted_x: torch.Tensor) -> torch.Tensor:
         """Returns sorted rows in the batch's order."""
-        return _Permute.apply(sorted_x, self._place_B, self._order_B)
+        return _permute(sorted_x, self._place_B, self._order_B)
 
 
 class ScenarioRows:
@@ -97,7 +108,7 @@ class ScenarioRows:
         Scenarios without rows are called too, on zero rows: each parameter then takes part in every step, which
         distributed training relies on.
         """
-        parts = [function(s, part) for s, part in enumerate(sorted_x.split(self.sizes))]
+        parts = [function(s, part) for s, part in enumerate(torch.split(sorted_x, self.sizes))]
         out = torch.cat(parts)
         return out if self._order is None else self._order.restore(out)
 
@@ -109,17 +120,26 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BD, scale_SD, shift_SD, mean_SD, inverse_std_SD, share_S1, sizes):
+    def forward(
+        ctx: Any,
+        x_BD: torch.Tensor,
+        scale_SD: torch.Tensor,
+        shift_SD: torch.Tensor,
+        mean_SD: torch.Tensor,
+        inverse_std_SD: torch.Tensor,
+        share_S1: torch.Tensor,
+        sizes: list[int],
+    ) -> torch.Tensor:
         factor_SD = scale_SD * inverse_std_SD
-        centred = [part - mean_SD[s] for s, part in enumerate(x_BD.split(sizes))]
+        centred = [part - mean_SD[s] for s, part in enumerate(torch.split(x_BD, sizes))]
         ctx.save_for_backward(scale_SD, inverse_std_SD, share_S1, *centred)
         ctx.sizes = sizes
         return torch.cat([torch.addcmul(shift_SD[s], part, factor_SD[s]) for s, part in enumerate(centred)])
 
     @staticmethod
-    def backward(ctx, gradient_BD):
+    def backward(ctx: Any, gradient_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale_SD, inverse_std_SD, share_S1, *centred = ctx.saved_tensors
-        gradients = gradient_BD.split(ctx.sizes)
+        gradients = torch.split(gradient_BD, ctx.sizes)
         shift_gradient_SD = torch.stack([gradient.sum(0) for gradient in gradients])
         scale_gradient_SD = torch.stack([(a * b).sum(0) for a, b in zip(gradients, centred, strict=True)])
         scale_gradient_SD *= inverse_std_SD
@@ -136,6 +156,9 @@ class _Normalise(torch.autograd.Function):
         return x_gradient_BD, scale_gradient_SD, shift_gradient_SD, None, None, None, None
 
 
+_normalise: Callable[..., torch.Tensor] = _Normalise.apply
+
+
 def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:
     if dist.is_available() and dist.is_initialized():
         value = value.clone()
@@ -150,6 +173,9 @@ class ScenarioNorm(nn.Module):
     of the scenario's rows in the global batch, over all workers; in evaluation the running ones, so that a score
     never depends on the rows beside it. A scenario with fewer than two rows in a step uses the running ones.
     """
+
+    mean_SD: torch.Tensor
+    var_SD: torch.Tensor
 
     def __init__(self, num_scenarios: int, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -170,13 +196,13 @@ class ScenarioNorm(nn.Module):
             mean_SD, var_SD, share_S1 = self.mean_SD, self.var_SD, self.mean_SD.new_zeros(len(self.mean_SD), 1)
         inverse_std_SD = torch.rsqrt(var_SD + self.eps)
         scale_SD, shift_SD = self.gamma * self.gamma_SD, self.beta + self.beta_SD
-        return _Normalise.apply(x_BD, scale_SD, shift_SD, mean_SD, inverse_std_SD, share_S1, rows.sizes)
+        return _normalise(x_BD, scale_SD, shift_SD, mean_SD, inverse_std_SD, share_S1, rows.sizes)
 
     @torch.no_grad()
     def _batch_statistics(self, x_BD: torch.Tensor, rows: ScenarioRows) -> tuple[torch.Tensor, ...]:
         """Returns mean, variance, and 1 / rows of each scenario; 0 for one that keeps the running statistics."""
         # Centred on the running mean: the variance of features with a large mean keeps its digits.
-        centred = [part - self.mean_SD[s] for s, part in enumerate(x_BD.split(rows.sizes))]
+        centred = [part - self.mean_SD[s] for s, part in enumerate(torch.split(x_BD, rows.sizes))]
         sums_SD = torch.stack([torch.cat([part.sum(0), part.square().sum(0)]) for part in centred])
         sums_SD = _sum_over_workers(torch.cat([sums_SD, rows.count_S.unsqueeze(1).to(sums_SD.dtype)], dim=1))
         count_S1 = sums_SD[:, -1:]

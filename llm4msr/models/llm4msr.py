@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llm4msr.config import MetaConfig, ModelConfig
+from llm4msr.config import ConfigError, MetaConfig, ModelConfig
 from llm4msr.models.backbones import Backbone, build_backbone
 from llm4msr.models.embedding import FeatureEmbedding
-from llm4msr.models.layers import Order, ScenarioRows
+from llm4msr.models.layers import Order, ScenarioRows, module_list
 from llm4msr.models.meta import KnowledgeTrunk, MetaLayer, SubjectRows
 from llm4msr.schema import FeatureSchema
 
@@ -48,7 +48,8 @@ class ItemKnowledge(nn.Module):
 
     def forward(self, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, P)."""
-        return self.trunk(knowledge_UK)[index_B]
+        z_UP: torch.Tensor = self.trunk(knowledge_UK)
+        return z_UP[index_B]
 
 
 class KnowledgeMatch(nn.Module):
@@ -57,6 +58,11 @@ class KnowledgeMatch(nn.Module):
     Both are standardised first. The cosines are brought to about unit scale by their mean and deviation over random
     pairs of a user and an item; where either has no knowledge the input is 0, the mean.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    item_mean_K: torch.Tensor
+    item_std_K: torch.Tensor
 
     def __init__(self, knowledge_dim: int) -> None:
         super().__init__()
@@ -92,7 +98,9 @@ class KnowledgeMatch(nn.Module):
 
     def standardised(self, vectors_UK: torch.Tensor, level: str) -> torch.Tensor:
         """Returns vectors of users or items ("user", "item") over mean and deviation of their level."""
-        return (vectors_UK - getattr(self, f"{level}_mean_K")) / getattr(self, f"{level}_std_K")
+        mean_K: torch.Tensor = getattr(self, f"{level}_mean_K")
+        std_K: torch.Tensor = getattr(self, f"{level}_std_K")
+        return (vectors_UK - mean_K) / std_K
 
     def _unit(self, vectors_UK: torch.Tensor, level: str) -> torch.Tensor:
         return nn.functional.normalize(self.standardised(vectors_UK, level), dim=1)
@@ -105,7 +113,7 @@ class UserMeta(nn.Module):
         super().__init__()
         self.residual = config.residual
         self.trunk = KnowledgeTrunk(knowledge_dim, config.trunk_dims, missing=True)
-        self.layers = nn.ModuleList(
+        self.layers = module_list(
             MetaLayer(self.trunk.output_dim, input_dim, input_dim, config.weight_form, config.rank)
             for _ in range(config.num_user_layers)
         )
@@ -150,12 +158,14 @@ class ScenarioMeta(nn.Module):
     The knowledge of all S scenarios is a buffer: the layers are generated once a step, and are constants when serving.
     """
 
+    knowledge_SK: torch.Tensor
+
     def __init__(self, knowledge_dim: int, input_dim: int, num_scenarios: int, config: MetaConfig) -> None:
         super().__init__()
         self.register_buffer("knowledge_SK", torch.zeros(num_scenarios, knowledge_dim))
         self.trunk = KnowledgeTrunk(knowledge_dim, config.trunk_dims, missing=False)
         dims = (input_dim, *config.scenario_dims, 1)
-        self.layers = nn.ModuleList(
+        self.layers = module_list(
             MetaLayer(self.trunk.output_dim, a, b, config.weight_form, config.rank) for a, b in itertools.pairwise(dims)
         )
 
@@ -237,7 +247,7 @@ class MultiScenarioModel(nn.Module):
         x_BD = self.embedding(batch)
         norm_B = x_BD[:, : self.embedding.embedded_dim].square().sum(1)
         user_B, item_B = batch.knowledge_index_B, batch.item_knowledge_index_B
-        if self.training:
+        if self.training and item_B is not None and user_B is not None:
             item_B = hide_share(item_B, self.knowledge_dropout) if self.item_knowledge is not None else item_B
             user_B = hide_share(user_B, self.knowledge_dropout) if self.reads_users else user_B
         if self.item_knowledge is not None:
@@ -261,11 +271,11 @@ def _sort(batch: Batch, order: Order) -> Batch:
 
     return replace(
         batch,
-        ids_BF=sort(batch.ids_BF),
-        numeric_BN=sort(batch.numeric_BN),
-        sequences=tuple(map(sort, batch.sequences)),
-        histories=tuple(map(sort, batch.histories)),
-        scenario_B=sort(batch.scenario_B),
+        ids_BF=order.sort(batch.ids_BF),
+        numeric_BN=order.sort(batch.numeric_BN),
+        sequences=tuple(map(order.sort, batch.sequences)),
+        histories=tuple(map(order.sort, batch.histories)),
+        scenario_B=order.sort(batch.scenario_B),
         knowledge_index_B=sort(batch.knowledge_index_B),
         item_knowledge_index_B=sort(batch.item_knowledge_index_B),
     )
@@ -288,7 +298,7 @@ def build_model(
         materialize: False leaves the embedding tables on the meta device, for who will spread them over workers.
 
     Raises:
-        ValueError: Unknown backbone, or knowledge that nothing would read.
+        ConfigError: Nothing would read the knowledge.
     """
     embedding = FeatureEmbedding(schema, config.embedding_dim, config.unseen_dropout, materialize)
     num_scenarios = len(schema.scenarios)
@@ -296,7 +306,7 @@ def build_model(
         return MultiScenarioModel(embedding, build_backbone(embedding.layout(), num_scenarios, config))
     meta = config.meta
     if not (meta.user_level or meta.scenario_level or item_knowledge):
-        raise ValueError(
+        raise ConfigError(
             "model.meta.user_level and model.meta.scenario_level are both off and no item has knowledge: "
             "nothing would read the knowledge; use experiment.knowledge none instead"
         )

@@ -11,7 +11,8 @@ N slots of L rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ class KnowledgeTrunk(nn.Module):
         trunk_dims: Hidden widths; the last is Z.
         missing: Whether row 0 stands for a subject without knowledge; it then gets a learned Z-vector.
     """
+
+    mean_K: torch.Tensor
+    std_K: torch.Tensor
 
     def __init__(self, knowledge_dim: int, trunk_dims: Sequence[int], missing: bool) -> None:
         super().__init__()
@@ -55,7 +59,8 @@ class KnowledgeTrunk(nn.Module):
 
     def condense(self, knowledge_UK: torch.Tensor) -> torch.Tensor:
         """Returns z_UZ of subjects that all have knowledge."""
-        return self.dense((knowledge_UK - self.mean_K).div_(self.std_K))
+        z_UZ: torch.Tensor = self.dense((knowledge_UK - self.mean_K).div_(self.std_K))
+        return z_UZ
 
 
 class MetaLayer(nn.Module):
@@ -93,7 +98,7 @@ class MetaLayer(nn.Module):
 
     def forward(self, x_BD: torch.Tensor, z_UZ: torch.Tensor, rows: SubjectRows) -> torch.Tensor:
         """Applies to each row the layer generated from its subject's z; returns (B, H)."""
-        bias_BH = self.bias_head(z_UZ).index_select(0, rows.index_B)
+        bias_BH: torch.Tensor = self.bias_head(z_UZ).index_select(0, rows.index_B)
         if self.full:
             z_NZ = z_UZ.index_select(0, rows.subject_N)
             return rows.unslot(_multiply(rows.slot(x_BD), z_NZ, self.weight_head)) + bias_BH
@@ -112,7 +117,7 @@ class MetaLayer(nn.Module):
 
     def own_part(self, z_UZ: torch.Tensor) -> torch.Tensor:
         """Returns the weights that follow `shared_part`: C_u Q (U, R, H) if low_rank, W_u (U, D, H) if full."""
-        generated = self.weight_head(z_UZ)
+        generated: torch.Tensor = self.weight_head(z_UZ)
         if self.full:
             return generated.view(-1, self.input_dim, self.output_dim)
         return generated.view(-1, self.rank, self.rank) @ self.up_RH
@@ -171,7 +176,7 @@ def _multiply(x_NLD: torch.Tensor, z_NZ: torch.Tensor, head: nn.Linear) -> torch
     z_NZ = nn.functional.pad(z_NZ, (0, 1), value=1.0)
     head_WZ = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1)
     at_once = max((CPU_WEIGHTS if x_NLD.device.type == "cpu" else GPU_WEIGHTS) // len(head_WZ), 1)
-    return _GeneratedProduct.apply(x_NLD, z_NZ, head_WZ, at_once)
+    return _generated_product(x_NLD, z_NZ, head_WZ, at_once)
 
 
 class _GeneratedProduct(torch.autograd.Function):
@@ -182,14 +187,14 @@ class _GeneratedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_NLD, z_NZ, head_WZ, at_once):
+    def forward(ctx: Any, x_NLD: torch.Tensor, z_NZ: torch.Tensor, head_WZ: torch.Tensor, at_once: int) -> torch.Tensor:
         ctx.save_for_backward(x_NLD, z_NZ, head_WZ)
         ctx.at_once = at_once
         z_NZ, head_WZ = z_NZ.to(x_NLD.dtype), head_WZ.to(x_NLD.dtype)
         return torch.cat([torch.bmm(x, _weights(x, z, head_WZ)) for x, z in _split(at_once, x_NLD, z_NZ)])
 
     @staticmethod
-    def backward(ctx, gradient_NLH):
+    def backward(ctx: Any, gradient_NLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x_NLD, z_NZ, head_WZ = ctx.saved_tensors
         head, head_gradient = head_WZ.to(x_NLD.dtype), torch.zeros_like(head_WZ)
         x_gradients, z_gradients = [], []
@@ -201,10 +206,13 @@ class _GeneratedProduct(torch.autograd.Function):
         return torch.cat(x_gradients), torch.cat(z_gradients), head_gradient, None
 
 
+_generated_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = _GeneratedProduct.apply
+
+
 def _weights(x_NLD: torch.Tensor, z_NZ: torch.Tensor, head_WZ: torch.Tensor) -> torch.Tensor:
     input_dim = x_NLD.shape[2]
     return (z_NZ @ head_WZ.t()).view(len(z_NZ), input_dim, len(head_WZ) // input_dim)
 
 
-def _split(at_once: int, *tensors: torch.Tensor) -> zip:
-    return zip(*(tensor.split(at_once) for tensor in tensors), strict=True)
+def _split(at_once: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(torch.split(tensor, at_once) for tensor in tensors), strict=True)

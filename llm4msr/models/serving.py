@@ -20,7 +20,8 @@ from torch import nn
 
 if TYPE_CHECKING:
     from llm4msr.batch import Batch
-    from llm4msr.models.llm4msr import MultiScenarioModel
+    from llm4msr.models.llm4msr import KnowledgeMatch, MultiScenarioModel
+    from llm4msr.models.meta import KnowledgeTrunk
 
 BLOCK_ROWS = 8192
 MIN_LENGTH = 1e-12  # as in torch's normalize
@@ -76,15 +77,18 @@ class ServingModel:
         self.items_NK = items_NK
         self.width = 0 if items_NK is None else items_NK.shape[1]
         self.scenario_layers = None if model.scenario_meta is None else model.scenario_meta.generate()
-        self.item_NP, self.item_length_N = None, None
+        self.item_NP: torch.Tensor | None = None
         if model.item_knowledge is not None:
-            num_bytes = 4 * len(self.items_NK) * model.item_knowledge.output_dim
+            assert items_NK is not None
+            num_bytes = 4 * len(items_NK) * model.item_knowledge.output_dim
             if num_bytes <= PROJECTED_BYTES:
                 trunk = model.item_knowledge.trunk
-                self.item_NP = torch.cat([trunk.condense(block_NK) for block_NK in self._item_blocks()])
+                assert trunk.missing_Z is not None
+                self.item_NP = torch.cat([trunk.condense(block_NK) for block_NK in _blocks(items_NK)])
                 self.item_NP[0] = trunk.missing_Z
         if model.match is not None:
-            lengths = [model.match.standardised(block_NK, "item").norm(dim=1) for block_NK in self._item_blocks()]
+            assert items_NK is not None
+            lengths = [model.match.standardised(block_NK, "item").norm(dim=1) for block_NK in _blocks(items_NK)]
             self.item_length_N = torch.cat(lengths).clamp(min=MIN_LENGTH)
 
     @torch.inference_mode()
@@ -100,7 +104,8 @@ class ServingModel:
         vectors_UK = torch.zeros(2, self.width)
         if vector_K is not None:
             vectors_UK[1] = vector_K
-        layers, direction_K = (), None
+        layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+        direction_K = None
         if model.user_meta is not None:
             generated = model.user_meta.generate(vectors_UK)
             layers = tuple((own[place].clone(), bias[place].clone()) for own, bias in generated)
@@ -143,9 +148,10 @@ class ServingModel:
         """
         model, parts, match_B1, scenario_logit_B = self.model, [self.model.embedding(batch)], None, None
         if model.item_knowledge is not None:
-            parts.append(self._projected(torch.zeros_like(item_B) if "item_knowledge" in without else item_B))
+            shown_B = torch.zeros_like(item_B) if "item_knowledge" in without else item_B
+            parts.append(self._projected(model.item_knowledge.trunk, shown_B))
         if model.match is not None:
-            match_B1 = torch.zeros(len(item_B), 1) if "match" in without else self._match(user, item_B)
+            match_B1 = torch.zeros(len(item_B), 1) if "match" in without else self._match(model.match, user, item_B)
             parts.append(match_B1)
         x_BD = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         h_BD = x_BD
@@ -153,28 +159,29 @@ class ServingModel:
             layers = self.user_layers(None).layers if "user_level" in without else user.layers
             h_BD = model.user_meta.apply_generated(x_BD, layers)
         logit_B = model.backbone(h_BD, batch.scenario_B)
-        if model.scenario_meta is not None and "scenario_level" not in without:
+        if model.scenario_meta is not None and self.scenario_layers is not None and "scenario_level" not in without:
             first = model.scenario_meta.layers[0].shared_part(h_BD)
             scenario_logit_B = model.scenario_meta.apply_generated(first, self.scenario_layers[scenario])
             logit_B = logit_B + scenario_logit_B
         return Parts(logit_B, x_BD, h_BD, match_B1, scenario_logit_B)
 
-    def _projected(self, item_B: torch.Tensor) -> torch.Tensor:
+    def _projected(self, trunk: KnowledgeTrunk, item_B: torch.Tensor) -> torch.Tensor:
         if self.item_NP is not None:
             return self.item_NP[item_B]
-        trunk = self.model.item_knowledge.trunk
+        assert self.items_NK is not None and trunk.missing_Z is not None
         projected_BP = trunk.condense(self.items_NK[item_B].float())
         projected_BP[item_B == 0] = trunk.missing_Z
         return projected_BP
 
-    def _match(self, user: UserLayers, item_B: torch.Tensor) -> torch.Tensor:
-        match = self.model.match
+    def _match(self, match: KnowledgeMatch, user: UserLayers, item_B: torch.Tensor) -> torch.Tensor:
         if user.direction_K is None:
             return torch.zeros(len(item_B), 1)
+        assert self.items_NK is not None
         # cos = ((v - mean) / std) . u / |(v - mean) / std|, with std taken to the user's side.
         product_B = (self.items_NK[item_B].float() - match.item_mean_K) @ user.direction_K
         cosine_B = product_B / self.item_length_N[item_B]
         return torch.where(item_B > 0, (cosine_B - match.mean) / match.std, 0.0).unsqueeze(1)
 
-    def _item_blocks(self) -> Iterator[torch.Tensor]:
-        return (block_NK.float() for block_NK in self.items_NK.split(BLOCK_ROWS))
+
+def _blocks(items_NK: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (block_NK.float() for block_NK in torch.split(items_NK, BLOCK_ROWS))

@@ -89,7 +89,7 @@ def unit_sizes(num_prompts: int, rows: int) -> np.ndarray:
         np.zeros(num_blocks, np.int32),
     )
     units = cut_units(whole, np.arange(num_blocks), rows // block)["unit"].combine_chunks()
-    sizes_U = units.flatten().field("records").value_lengths().to_numpy().astype(np.int64) * block
+    sizes_U: np.ndarray = units.flatten().field("records").value_lengths().to_numpy().astype(np.int64) * block
     sizes_U[-1] -= num_blocks * block - num_prompts
     return sizes_U
 

@@ -97,7 +97,8 @@ def _quantity(folder: Path, name: str, cost: UnitCost) -> Quantity:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable result: {error}") from error
 

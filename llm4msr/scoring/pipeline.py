@@ -64,7 +64,12 @@ def score(config: Config) -> str:
     settings = config.score
     model = open_model(config)
     rows = open_input(settings, model)
-    task = {"checkpoint_uri": model.uri, "model_version": model.version, "kind": rows.kind, "columns": rows.columns}
+    task: dict[str, Any] = {
+        "checkpoint_uri": model.uri,
+        "model_version": model.version,
+        "kind": rows.kind,
+        "columns": rows.columns,
+    }
     num_candidates = 1
     if rows.kind == "users":
         candidates_uri = settings.candidates_uri and storage.absolute(settings.candidates_uri)

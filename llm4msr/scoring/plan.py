@@ -117,6 +117,7 @@ def open_input(settings: ScoreConfig, model: Model) -> Input:
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         footers = list(pool.map(storage.parquet_metadata, files))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    kind: Kind
     if given is None:
         kind, columns = "users", ["key"]
     elif settings.input_uri is None:
@@ -216,7 +217,8 @@ def identify(settings: ScoreConfig, model: Model, rows: Input) -> dict[str, Any]
             "top_k": settings.top_k,
             "candidates": candidates and _fingerprints([uri for uri, _ in storage.list_files(candidates)]),
         }
-    return json.loads(json.dumps(identity))
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
 
 
 def _fingerprints(uris: Sequence[str]) -> list[dict[str, Any]]:
@@ -276,7 +278,7 @@ def choose_rows_per_unit(settings: ScoreConfig, rows: Input, candidates_per_row:
 
 def cut_units(rows: Input, rows_per_unit: int) -> pa.Table:
     """Returns a table `UNITS`."""
-    units = []
+    units: list[dict[str, Any]] = []
     starts = np.cumsum([0, *rows.num_rows]).tolist()
     for file, num_rows, start in zip(rows.files, rows.num_rows, starts, strict=False):
         for first in range(0, num_rows, rows_per_unit):

@@ -140,7 +140,8 @@ class Scorer:
             top_k: Candidates that are kept.
             first_row: Number of the table's first row.
         """
-        users, messages = table["user"].to_pylist(), {}
+        users = table["user"].to_pylist()
+        messages: dict[int, str] = {}
         user_row_B = _look_up(self.ranker.user_rows, users, "user", messages)
         context = self.ranker.context({}, 1)
         lists = [
@@ -238,9 +239,7 @@ class Scorer:
         """Returns the scores of one list's distinct candidates."""
         checkpoint, serving = self.ranker.checkpoint, self.ranker.serving
         knowledge, distinct_U = checkpoint.knowledge, one.candidates.distinct_U
-        layers = self.ranker.user_layers(
-            int(knowledge.user_index_N[one.user_row]) if checkpoint.model.reads_users else 0
-        )
+        layers = self.ranker.user_layers(self.ranker.user_vector_row(one.user_row))
         score_U = np.empty(len(distinct_U))
         for start in range(0, len(distinct_U), BLOCK_CANDIDATES):
             item_row_B = distinct_U[start : start + BLOCK_CANDIDATES]

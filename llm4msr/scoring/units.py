@@ -71,7 +71,7 @@ class ScoreUnit:
 
         What is wrong with checkpoint or input comes back as text: Ray would bury it in an error of its own.
         """
-        done = []
+        done: list[dict[str, Any]] = []
         for unit in batch.to_pylist():
             try:
                 done.append(self.run(unit))
@@ -88,9 +88,8 @@ class ScoreUnit:
             DataError: The candidates cannot be used.
             RequestError: One of the candidates is beyond 64 bits.
         """
-        if self._scorer is None:
-            self._load()
-        scored = self._score(unit)
+        scorer = self._load() if self._scorer is None else self._scorer
+        scored = self._score(scorer, unit)
         about = {"model_version": self._task.model_version}
         if len(scored.errors):
             errors = scored.errors.replace_schema_metadata(about)
@@ -103,7 +102,7 @@ class ScoreUnit:
             "num_candidates": scored.num_candidates,
         }
 
-    def _load(self) -> None:
+    def _load(self) -> Scorer:
         torch.set_num_threads(self._num_threads)
         task = self._task
         ranker = Ranker.from_checkpoint(task.checkpoint_uri, shared=True)
@@ -113,23 +112,25 @@ class ScoreUnit:
                 "it was replaced meanwhile, or differs between nodes"
             )
         check_golden(ranker)
-        self._scorer = Scorer(ranker)
+        self._scorer = scorer = Scorer(ranker)
         if task.kind == "users":
             checkpoint = ranker.checkpoint
             if task.candidates_uri is None:
                 items = checkpoint.items["key"].to_pylist()
             else:
                 items = read_candidates(task.candidates_uri, checkpoint.schema)
-            self._candidates = self._scorer.candidates(items)
+            self._candidates = scorer.candidates(items)
+        return scorer
 
-    def _score(self, unit: dict[str, Any]) -> Scored:
-        task, scorer, first_row = self._task, self._scorer, unit["row"]
+    def _score(self, scorer: Scorer, unit: dict[str, Any]) -> Scored:
+        task, first_row = self._task, unit["row"]
         wanted = np.arange(unit["first"], unit["first"] + unit["num_rows"])
         table = storage.read_rows(unit["file"], task.columns, wanted)
         if task.kind == "lists":
             return scorer.score_lists(table, first_row)
         if task.kind == "pairs":
             return scorer.score_pairs(table, first_row)
+        assert self._candidates is not None
         users = table.rename_columns(["user"])  # the checkpoint's own are in its column key
         return scorer.score_users(users, self._candidates, task.scenarios, task.top_k, first_row)
 

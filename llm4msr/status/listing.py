@@ -1,4 +1,7 @@
-"""Listings with times, of any file system: what a place's last write is known from."""
+"""Listings with times, of any file system: what a place's last write is known from.
+
+A store is asked again, and its refusal told, as by the verbs of `llm4msr.storage`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def list_folder(uri: str) -> dict[str, Entry]:
     """Lists one folder by name, hidden files too (a write under way is a write); empty where nothing is there."""
     fs, path = storage.filesystem(uri)
     try:
-        found = fs.ls(path, detail=True)
+        with storage.told(uri, "listed"):
+            found = fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     names = [(info["name"].rstrip("/").rsplit("/", 1)[-1], info) for info in found]
@@ -37,7 +41,9 @@ def list_tree(uri: str) -> dict[str, float]:
     """Lists all files below a folder: their times by their names below it; empty where nothing is there."""
     fs, path = storage.filesystem(uri)
     root = path.rstrip("/") + "/"
-    return {name.removeprefix(root): _time(info) for name, info in fs.find(path, detail=True).items()}
+    with storage.told(uri, "listed"):
+        found = fs.find(path, detail=True)
+    return {name.removeprefix(root): _time(info) for name, info in found.items()}
 
 
 def _time(info: dict[str, Any]) -> float:

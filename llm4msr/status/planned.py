@@ -16,8 +16,8 @@ DETAIL_FILE = "evaluation_detail.json"  # beside the runs that jobs.compare eval
 FINISHED = f"checkpoint/{MANIFEST}"
 # As in llm4msr.training.run and llm4msr.knowledge.place, which a test compares: how the work is done, not what it is.
 TRAIN_HOW = frozenset(
-    {"num_workers", "cpus_per_worker", "log_every_steps", "checkpoint_every_steps", "num_to_keep", "max_failures"}
-    | {"max_loss"}
+    {"device", "num_workers", "cpus_per_worker", "log_every_steps", "checkpoint_every_steps", "num_to_keep"}
+    | {"max_failures", "max_loss"}
 )
 KNOWLEDGE_HOW = frozenset(
     {"attention", "compile", "batch_tokens", "device", "num_actors", "gpus_per_actor", "cpus_per_actor"}
@@ -99,5 +99,6 @@ def _config_place(files: Mapping[str, float]) -> str | None:
 
 
 def _read_config(run_uri: str, where: str) -> dict[str, Any]:
-    tree = storage.read_json(storage.join(run_uri, where))
-    return tree if where.startswith("checkpoint/") else tree["about"]["config"]
+    tree: dict[str, Any] = storage.read_json(storage.join(run_uri, where))
+    config: dict[str, Any] = tree if where.startswith("checkpoint/") else tree["about"]["config"]
+    return config

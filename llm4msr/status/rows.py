@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -26,7 +27,7 @@ class Row:
     stage: str
     state: State
     place: str = ""
-    counts: dict[str, float | None] = field(default_factory=dict)
+    counts: Mapping[str, float | None] = field(default_factory=dict)
     written_at: float | None = None
     note: str = ""
 

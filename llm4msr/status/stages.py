@@ -10,24 +10,25 @@ prepare are left out, and parts of the knowledge store are listed only while an 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from llm4msr import storage
 from llm4msr.data.prepared import ALL_SCENARIOS, REJECTS_FILE, USERS_FILE
 from llm4msr.knowledge.place import ERRORS_FILE, PROMPTS_DIRECTORY
 from llm4msr.status.listing import Entry, list_folder, list_tree
-from llm4msr.status.planned import planned_runs
+from llm4msr.status.planned import DETAIL_FILE, planned_runs
 from llm4msr.status.rows import Row, State
 from llm4msr.storage import MANIFEST
 
 SEARCH, REJECTS, STAGING = "tune-", f".{REJECTS_FILE}", ".staging"
 # Names that modules with torch or Ray own; a test compares.
 PLAN_FILE, SCORE_PLAN_FILE, TRIAL_FILE = "plan.parquet", "plan.json", "trial.json"
+COMPARE_PLAN_FILE, SUMMARY_FILE = "plan.json", "summary.json"
 EVALUATION_FILE, SCENARIOS_FILE = "evaluation.json", "scenarios.npy"
 # Kinds of staged files, by what each file is made of.
 STAGED = {"users": "shards parsed", "fitted": "buckets fitted"}
@@ -62,7 +63,7 @@ class Look:
     def _json(self, *parts: str) -> Any:
         return storage.read_json(self._uri(*parts))
 
-    def _unfinished(self, times: Iterable[float]) -> tuple[State, float | None]:
+    def _unfinished(self, times: Iterable[float | None]) -> tuple[State, float | None]:
         """Returns running or stopped, and the last write; None where no time is known."""
         last = max((one for one in times if one), default=None)
         return ("stopped" if last is None or self.now - last > self.within_s else "running"), last
@@ -112,8 +113,8 @@ class Look:
             manifest = self._json(place, MANIFEST)
             found = manifest.get("summary", {})
             names = ("prompts", "encoded", "failed", "users_with_knowledge", "items_with_knowledge")
-            counts = {name.replace("_", " "): found.get(f"num_{name}") for name in names}
-            return Row("extract", "complete", place, _known(counts), _made(manifest, inside[MANIFEST]))
+            made = {name.replace("_", " "): found.get(f"num_{name}") for name in names}
+            return Row("extract", "complete", place, _known(made), _made(manifest, inside[MANIFEST]))
         prompts = list_folder(self._uri(place, PROMPTS_DIRECTORY))
         times = [*(entry.time for entry in (*inside.values(), *prompts.values()) if not entry.is_folder)]
         times += [entry.time for entry in list_folder(self._uri(place, "tensorboard")).values()]
@@ -144,13 +145,19 @@ class Look:
         ]
         return [entry.time for store in found for name, entry in store.items() if name.startswith("part-")]
 
-    def train(self) -> list[Row]:
-        """Reads runs, their evaluations, and searches, which one listing finds."""
+    @cached_property
+    def _runs(self) -> dict[str, dict[str, float]]:
+        """Times of the files of each run and search, by their names below it."""
         runs: dict[str, dict[str, float]] = {}
         for name, written in list_tree(self._uri("runs")).items():
             run, _, inside = name.partition("/")
             if inside:
                 runs.setdefault(run, {})[inside] = written
+        return runs
+
+    def train(self) -> list[Row]:
+        """Reads runs, their evaluations, and searches, which one listing finds."""
+        runs = dict(self._runs)
         searches = {name: runs.pop(name) for name in sorted(runs) if name.startswith(SEARCH)}
         rows = self.each("tune", "runs", searches, lambda place: self._search(place, searches[place.split("/")[1]]))
         if not runs:
@@ -163,9 +170,10 @@ class Look:
         whole: State = "running" if states["running"] else "complete" if states["complete"] == len(runs) else "stopped"
         note = ""
         if planned := planned_runs(self._uri("runs"), runs):
-            done, counts["planned"], command = planned
-            note = f"{done} of the {counts['planned']} runs that the newest {command} asked for are complete"
-            if command == "jobs.train" and whole == "complete" and done < counts["planned"]:
+            num_done, num_planned, command = planned
+            counts["planned"] = num_planned
+            note = f"{num_done} of the {num_planned} runs that the newest {command} asked for are complete"
+            if command == "jobs.train" and whole == "complete" and num_done < num_planned:
                 whole = "stopped"
         last = max(written for files in runs.values() for written in files.values())
         rows += [Row("train", whole, "runs", _known(counts), last, note), *of_runs]
@@ -205,21 +213,34 @@ class Look:
         return Row("tune", state, place, {"trials ended": len(ended), "trials begun": len(begun)}, last)
 
     def comparison(self, place: str) -> Row:
-        """Reads the report of a comparison; before it is written, its runs are all there is."""
+        """Reads the report of a comparison; until it is written, its plan and the runs that the plan names."""
         inside = list_folder(self._uri(place))
-        if "summary.json" not in inside:
-            state, last = self._unfinished(entry.time for entry in inside.values())
-            return Row("compare", state, place, {}, last)
-        found = self._json(place, "summary.json")
+        report, plan = inside.get(SUMMARY_FILE), inside.get(COMPARE_PLAN_FILE)
+        # The report of a command that failed in part is older than the plan of the next, which is under way.
+        if report is None or (plan is not None and plan.time > report.time and MANIFEST not in inside):
+            return self._compared(place, inside)
+        found = self._json(place, SUMMARY_FILE)
         runs = {run["run"]: run["state"] for model in found["models"] for run in model["runs"]}
         counts = {f"runs {state}": number for state, number in Counter(runs.values()).items()}
-        written = _made(found, inside["summary.json"])
+        written = _made(found, report)
         if MANIFEST in inside:
             return Row("compare", "complete", place, counts, written)
         first = found["failures"][0] if found["failures"] else None
         note = f"{first['run']}: {first['message']}" if first else ""
         state = "failed" if first else self._unfinished([written])[0]
         return Row("compare", state, place, counts, written, note)
+
+    def _compared(self, place: str, inside: dict[str, Entry]) -> Row:
+        times, counts = [entry.time for entry in inside.values()], {}
+        if COMPARE_PLAN_FILE in inside:
+            plan = self._json(place, COMPARE_PLAN_FILE)
+            names = {run for m in plan["models"] for some in (m["tuning"], *m["runs"].values()) for run in some}
+            runs = [files for name, files in self._runs.items() if name in names]
+            done = sum({f"checkpoint/{MANIFEST}", EVALUATION_FILE, DETAIL_FILE} <= set(files) for files in runs)
+            counts = {"runs done": min(done, plan["num_runs"]), "runs planned": plan["num_runs"]}
+            times += [time for files in runs for time in files.values()]
+        state, last = self._unfinished(times)
+        return Row("compare", state, place, counts, last)
 
     def score(self) -> list[Row]:
         """Reads scored batches; those that went to a score.output_uri of their own are not here."""
@@ -248,7 +269,7 @@ class Look:
         users = self._uri("runs", plan["identity"]["model_version"], "checkpoint", USERS_FILE)
         if plan["identity"]["kind"] != "users" or plan["identity"]["files"] is not None or not storage.exists(users):
             return None
-        return -(-storage.parquet_metadata(users).num_rows // plan["rows_per_unit"])
+        return -(-int(storage.parquet_metadata(users).num_rows) // int(plan["rows_per_unit"]))
 
     def report(self, place: str) -> Row:
         """Reads the pipeline's report."""
@@ -259,7 +280,7 @@ class Look:
         return Row("report", "complete", place, counts, _made(found, None), note)
 
 
-def _known(counts: dict[str, float | None]) -> dict[str, float]:
+def _known(counts: Mapping[str, float | None]) -> dict[str, float]:
     return {name: number for name, number in counts.items() if number is not None}
 
 

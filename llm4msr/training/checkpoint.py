@@ -15,7 +15,8 @@ can run code. The model is rebuilt from schema and configuration; weights that d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from llm4msr.config import Config
 from llm4msr.data.history import read_logs
 from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE, VOCAB_DIRECTORY
 from llm4msr.knowledge.table import KnowledgeTable
+from llm4msr.lookup import HashOrder
 from llm4msr.models.llm4msr import MultiScenarioModel, build_model
 from llm4msr.schema import FeatureSchema
 from llm4msr.settings import config_from_dict
@@ -49,6 +51,7 @@ class Checkpoint:
         collator: Encodes rows for `model`.
         knowledge: The knowledge table, or None for a backbone alone.
         metadata: How it was trained; holds "model_version".
+        text_orders: Of "user" and "item", where ids are text and the order of their hashes was made before.
     """
 
     uri: str
@@ -60,6 +63,7 @@ class Checkpoint:
     collator: Collator
     knowledge: KnowledgeTable | None
     metadata: dict[str, Any]
+    text_orders: Mapping[str, HashOrder | None] = field(default_factory=dict)
 
     def vocabulary(self, feature_name: str) -> pa.Array:
         """Returns the values of a context feature; the value at position r has index r + 2."""

@@ -60,7 +60,8 @@ def train_worker(
     """
     if agreed(world_size, rank == 0 and storage.is_finished(task.checkpoint_uri)):
         # A worker that died after the last line below made Ray Train start the group again.
-        return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
+        trained: dict[str, Any] = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
+        return trained
     prepared = PreparedData.open(task.prepared_uri)
     knowledge = load_knowledge(task)
     model = _new_model(task, prepared, knowledge)
@@ -91,11 +92,14 @@ def train_worker(
         "num_parameters": trainer.num_parameters,
         "world_size": world_size,
         "num_threads": torch.get_num_threads(),
+        # Of rank 0, in the order of the epochs: one that was gone on with elsewhere has several.
+        "devices": list(dict.fromkeys(epoch["device"] for epoch in state.history if "device" in epoch)),
         "history": state.history,
         "seconds": round(run.seconds(), 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     if rank == 0:
+        assert state.best_file is not None, "an epoch at least"
         best = storage.join(task.training_uri, state.best_file["file"])
         save_checkpoint(task.checkpoint_uri, task.config, prepared, knowledge, best, metadata)
         storage.remove(task.training_uri)

@@ -5,7 +5,7 @@ then, in the file system's cache, however many replicas and actors read it. The 
 file must not change: it lies below ``LLM4MSR_CACHE``, else in a private folder among the temporary files. Whoever comes
 first makes it, the others wait; one that nobody has opened for two days goes when the next one is made.
 
-Not shared: dictionaries of text ids, and what a ranker computes of the vectors of items.
+Not shared: what a ranker computes of the vectors of items, and the words of context features.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ from llm4msr import storage
 from llm4msr.batch import EntityFeatures
 from llm4msr.config import digest
 from llm4msr.data.prepared import ITEMS_FILE, SCHEMA_FILE, USERS_FILE
-from llm4msr.schema import FeatureSchema
+from llm4msr.lookup import HashOrder
+from llm4msr.schema import FeatureSchema, Source
 from llm4msr.training.checkpoint import Checkpoint, assemble, check_manifest
 
 CACHE_VARIABLE = "LLM4MSR_CACHE"
-VERSION = 1
+VERSION = 2
 KEPT_S = 2 * 24 * 3600
-TABLES = {"user": USERS_FILE, "item": ITEMS_FILE}
+TABLES: dict[Source, str] = {"user": USERS_FILE, "item": ITEMS_FILE}
 
 
 def map_checkpoint(uri: str) -> Checkpoint:
@@ -43,10 +45,12 @@ def map_checkpoint(uri: str) -> Checkpoint:
     """
     check_manifest(uri)
     place = node_copy(uri)
-    tables = [_map_table(place, source) for source in TABLES]
-    features = [_map_features(place, source) for source in TABLES]
+    (users, user_order), (items, item_order) = (map_table(place, source) for source in TABLES)
+    of_users, of_items = (_map_features(place, source) for source in TABLES)
+    orders = {"user": user_order, "item": item_order}
     try:
-        return assemble(uri, str(place), *tables, *features, mapped=True)
+        mapped = assemble(uri, str(place), users, items, of_users, of_items, mapped=True)
+        return replace(mapped, text_orders=orders)
     except storage.StorageError as error:
         raise storage.StorageError(str(error).replace(str(place), uri)) from error
 
@@ -100,9 +104,7 @@ def _make(uri: str, sources: dict[str, str], place: Path) -> None:
             storage.copy(source, str(unfinished / name))
     schema = FeatureSchema.from_json(storage.read_json(str(unfinished / SCHEMA_FILE)))
     for source, file in TABLES.items():
-        table = storage.read_parquet(storage.join(uri, file)).combine_chunks()
-        with pa.OSFile(str(unfinished / f"{source}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-            out.write_table(table)
+        table = write_table(unfinished, source, storage.read_parquet(storage.join(uri, file)))
         features = EntityFeatures.from_table(table, schema, source)
         for name, array in (("ids", features.ids), ("numeric", features.numeric)):
             np.save(unfinished / f"{source}.{name}.npy", array, allow_pickle=False)
@@ -111,16 +113,45 @@ def _make(uri: str, sources: dict[str, str], place: Path) -> None:
     unfinished.rename(place)
 
 
-def _map_table(place: Path, source: str) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(place / f"{source}.arrow"))).read_all()
+def write_table(folder: Path, source: Source, table: pa.Table) -> pa.Table:
+    """Writes a feature table as it is mapped, and for text ids the order of their hashes.
+
+    Args:
+        folder: Of the copy.
+        source: Whose table it is.
+        table: As prepared; large texts let each column be one array, however many bytes it has.
+
+    Returns:
+        The table as it was written.
+    """
+    fields = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in table.schema]
+    table = table.cast(pa.schema(fields)).combine_chunks()
+    with pa.OSFile(str(folder / f"{source}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table)
+    if pa.types.is_large_string(table["key"].type):
+        order = HashOrder.of(table["key"])
+        np.save(folder / f"{source}.hashes.npy", order.hash_N, allow_pickle=False)
+        np.save(folder / f"{source}.places.npy", order.place_N, allow_pickle=False)
+    return table
+
+
+def map_table(folder: Path, source: Source) -> tuple[pa.Table, HashOrder | None]:
+    """Maps what `write_table` wrote; no order where ids are whole numbers."""
+    table = pa.ipc.open_file(pa.memory_map(str(folder / f"{source}.arrow"))).read_all()
+    if not (folder / f"{source}.hashes.npy").exists():
+        return table, None
+    return table, HashOrder(_mapped(folder, source, "hashes"), _mapped(folder, source, "places"))
 
 
 def _map_features(place: Path, source: str) -> EntityFeatures:
-    def mapped(name: str) -> np.ndarray:
-        return np.load(place / f"{source}.{name}.npy", mmap_mode="r", allow_pickle=False)
-
     num_sequences = len(list(place.glob(f"{source}.sequence*.npy")))
-    return EntityFeatures(mapped("ids"), mapped("numeric"), tuple(mapped(f"sequence{i}") for i in range(num_sequences)))
+    sequences = tuple(_mapped(place, source, f"sequence{i}") for i in range(num_sequences))
+    return EntityFeatures(_mapped(place, source, "ids"), _mapped(place, source, "numeric"), sequences)
+
+
+def _mapped(place: Path, source: str, name: str) -> np.ndarray:
+    array: np.ndarray = np.load(place / f"{source}.{name}.npy", mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _remove_unused(root: Path) -> None:

@@ -26,9 +26,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from llm4msr import storage
 from llm4msr.batch import Rows
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -294,15 +295,15 @@ def read_batches(uri: str, batch_size: int, columns: Sequence[str] | None = None
         yield from _cut(read_row_group(group, columns), batch_size)
 
 
-def prefetch(items: Iterator[T], function: Callable[[T], T], depth: int = 4) -> Iterator[T]:
+def prefetch(items: Iterator[S], function: Callable[[S], T], depth: int = 4) -> Generator[T, None, None]:
     """Yields ``function(item)`` of each item, computed in a thread that stays at most `depth` ahead.
 
     An error in the thread is raised here; a consumer that stops early ends the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(entry: tuple) -> bool:
+    def put(entry: tuple[T | None, BaseException | None]) -> bool:
         while not stop.is_set():
             try:
                 ready.put(entry, timeout=0.1)

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from llm4msr import storage
+from llm4msr.batch import Batch
 from llm4msr.config import digest
 from llm4msr.data.prepared import PreparedData
+from llm4msr.training.device import device_name
 from llm4msr.training.reader import TrainReader, list_row_groups, prefetch
 from llm4msr.training.scalars import Scalars
 from llm4msr.training.state import (
@@ -141,12 +143,13 @@ class Run:
             "valid_auc_bound": max(values["auc_bound"]),
             "rows_per_s": round(self.num_rows / train_s),
             "data_wait_s": round(self.wait_s, 3),
+            "device": device_name(self.trainer.device),
         }
         self._finish_epoch(metrics)
         self._log_epoch(metrics)
         return metrics
 
-    def _step(self, batches: list) -> None:
+    def _step(self, batches: list[Batch]) -> None:
         state = self.state
         rows = self.reader.rows_in_step(state.epoch_step)
         torch.manual_seed(step_seed(self.task.seed, state.epoch, state.epoch_step, self.trainer.rank))
@@ -172,15 +175,15 @@ class Run:
             Whether to stop, and whether a preemption was announced.
         """
         ask = time.monotonic() - self.asked > PREEMPTION_CHECK_S
-        steps_KS2 = torch.stack(self.pending)
+        pending_KS2 = torch.stack(self.pending)
         self.pending = []
         flags = torch.tensor([self.should_stop(), ask and self.trainer.rank == 0], dtype=torch.float64)
-        sent = torch.cat([steps_KS2.flatten(), flags.to(steps_KS2.device)])
+        sent = torch.cat([pending_KS2.flatten(), flags.to(pending_KS2.device)])
         if self.trainer.world_size > 1:
             dist.all_reduce(sent)
         sent = sent.cpu()
         stop, ask = (bool(flag) for flag in sent[-2:])
-        steps_KS2 = sent[:-2].view(steps_KS2.shape).numpy()
+        steps_KS2 = sent[:-2].view(pending_KS2.shape).numpy()
         self._check(steps_KS2)
         self.state.sums_S2 = (np.array(self.state.sums_S2) + steps_KS2.sum(0)).tolist()
         if self.log:

@@ -23,7 +23,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from llm4msr.schema import PADDING_INDEX
 from llm4msr.training.sparse import ROW_EPS
 
 if TYPE_CHECKING:
-    from torch.distributed._shard.sharded_tensor import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 
 def shard_embedding(model: MultiScenarioModel, device: torch.device, learning_rate: float) -> None:
@@ -57,7 +57,14 @@ def shard_embedding(model: MultiScenarioModel, device: torch.device, learning_ra
         ConfigError: TorchRec is not installed.
     """
     assert dist.is_initialized(), "sharded tables need a process group, be it of one worker"
-    model.embedding = ShardedEmbedding(model.embedding, _Tables(model.embedding, device, learning_rate))
+    template = model.embedding
+    model.register_module("embedding", ShardedEmbedding(template, _Tables(template, device, learning_rate)))
+
+
+def _tables_of(model: MultiScenarioModel) -> _Tables:
+    embedding: nn.Module = model.embedding
+    assert isinstance(embedding, ShardedEmbedding), "a model whose tables are not sharded"
+    return embedding.sharded
 
 
 def gather_tables(model: MultiScenarioModel) -> dict[str, torch.Tensor] | None:
@@ -65,7 +72,8 @@ def gather_tables(model: MultiScenarioModel) -> dict[str, torch.Tensor] | None:
 
     Every worker must call it. Rows travel in blocks of 65,536.
     """
-    return model.embedding.sharded.gather(_Tables.weights)
+    tables: dict[str, torch.Tensor] | None = _tables_of(model).gather(_Tables.weights)
+    return tables
 
 
 def load_tables(model: MultiScenarioModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -76,17 +84,18 @@ def load_tables(model: MultiScenarioModel, state: Mapping[str, torch.Tensor]) ->
         state: What `gather_tables` returned, with any number of workers, or a replicated model's state. Only slices
             ``state[name][first:end]`` are read, so a reader that makes them on demand will do.
     """
-    model.embedding.sharded.load(_Tables.weights, state)
+    _tables_of(model).load(_Tables.weights, state)
 
 
 def gather_row_sums(model: MultiScenarioModel) -> dict[str, torch.Tensor] | None:
     """Returns the optimizer's sums (V,) on the CPU of rank 0 by their table's name; `gather_tables` says the rest."""
-    return model.embedding.sharded.gather(_Tables.row_sums)
+    sums: dict[str, torch.Tensor] | None = _tables_of(model).gather(_Tables.row_sums)
+    return sums
 
 
 def load_row_sums(model: MultiScenarioModel, state: Mapping[str, torch.Tensor]) -> None:
     """Sets the optimizer's sums of this worker's rows: `load_tables` for `gather_row_sums`, or for RowWiseAdagrad's."""
-    model.embedding.sharded.load(_Tables.row_sums, state)
+    _tables_of(model).load(_Tables.row_sums, state)
 
 
 class ShardedEmbedding(nn.Module):
@@ -160,7 +169,8 @@ class _Tables:
             features = KeyedJaggedTensor(self.keys, ids[ids != PADDING_INDEX], lengths=lengths_GC.flatten())
             embedded = self.parallel(features)
             assert list(embedded.keys()) == self.keys
-            return embedded.values()[:num_rows].split(self.embedding_dim, dim=1)
+            sums_BD: torch.Tensor = embedded.values()
+            return torch.split(sums_BD[:num_rows], self.embedding_dim, dim=1)
 
     def weights(self) -> list[tuple[str, ShardedTensor]]:
         """Returns the tables' names and weights (V, E); local shards are the memory that is trained."""
@@ -199,7 +209,7 @@ class _Tables:
                     block.copy_(state[name][first : first + len(block)])
 
 
-def _distribute(tables: dict[str, nn.Embedding], device: torch.device, learning_rate: float) -> nn.Module:
+def _distribute(tables: dict[str, nn.Embedding], device: torch.device, learning_rate: float) -> Any:
     """Returns TorchRec's module over tables of these sizes; its memory is not initialised."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
@@ -253,7 +263,9 @@ def _blocks(sharded: ShardedTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
     """
     own = sharded.local_tensor()
     for shard in sharded.metadata().shards_metadata:
-        owner, first, num_rows = shard.placement.rank(), shard.shard_offsets[0], shard.shard_sizes[0]
+        place, first, num_rows = shard.placement, shard.shard_offsets[0], shard.shard_sizes[0]
+        owner = None if place is None else place.rank()
+        assert owner is not None, "TorchRec places every shard on a rank"
         for start in range(0, num_rows, BLOCK_ROWS):
             size = min(BLOCK_ROWS, num_rows - start)
             held = owner == dist.get_rank()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ ROW_EPS = 1e-8
 def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters whose gradients are sparse, by name."""
     return {
-        f"{name}.weight": module.weight
+        f"{name}.weight": module.get_parameter("weight")
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.sparse
     }
@@ -53,7 +54,8 @@ def average_sparse_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     index_by_worker = _gather(_padded(torch.cat([g.indices()[0] for g in own]), longest))
     value_by_worker = _gather(_padded(torch.cat([g.values().flatten() for g in own]), longest_values))
-    index_parts, value_parts = [[] for _ in parameters], [[] for _ in parameters]
+    index_parts: list[list[torch.Tensor]] = [[] for _ in parameters]
+    value_parts: list[list[torch.Tensor]] = [[] for _ in parameters]
     for size_T, indices, values in zip(size_WT, index_by_worker, value_by_worker, strict=True):
         first, first_value = 0, 0
         for t, (n, width) in enumerate(zip(size_T, widths, strict=True)):
@@ -70,7 +72,7 @@ def average_sparse_gradients(parameters: Iterable[nn.Parameter]) -> None:
 class _RowOptimizer(torch.optim.Optimizer, ABC):
     """Updates the rows that have a gradient, and reads no others: nothing of a table's size is made in a step."""
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's own would call a closure
         """Updates the rows of each table's sparse gradient; duplicate rows are summed first."""
         assert closure is None, "closures are not supported"
         with torch.no_grad():
@@ -84,7 +86,9 @@ class _RowOptimizer(torch.optim.Optimizer, ABC):
                         parameter.index_copy_(0, index_R, parameter.index_select(0, index_R) - change_RE)
 
     @abstractmethod
-    def _change(self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+    def _change(
+        self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
         """Brings the state of the rows up to date and returns what to subtract from them."""
 
 
@@ -113,10 +117,12 @@ class LazyAdam(_RowOptimizer):
                 zeros = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
                 self.state[parameter] = {"step": 0, **dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))}
 
-    def _change(self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+    def _change(
+        self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        first_RE = state["exp_avg"].index_select(0, index_R).lerp_(gradient_RE, 1 - beta1)
+        first_RE: torch.Tensor = state["exp_avg"].index_select(0, index_R).lerp_(gradient_RE, 1 - beta1)
         second_RE = state["exp_avg_sq"].index_select(0, index_R)
         second_RE.mul_(beta2).addcmul_(gradient_RE, gradient_RE, value=1 - beta2)
         state["exp_avg"].index_copy_(0, index_R, first_RE)
@@ -146,10 +152,13 @@ class RowWiseAdagrad(_RowOptimizer):
             for parameter in group["params"]:
                 self.state[parameter]["sum"] = parameter.detach().new_zeros(len(parameter))
 
-    def _change(self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
-        sum_R = state["sum"].index_select(0, index_R).add_(gradient_RE.square().mean(1))
+    def _change(
+        self, index_R: torch.Tensor, gradient_RE: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
+        sum_R: torch.Tensor = state["sum"].index_select(0, index_R).add_(gradient_RE.square().mean(1))
         state["sum"].index_copy_(0, index_R, sum_R)
-        return gradient_RE * (group["lr"] / (sum_R.sqrt_().add_(group["eps"]))).unsqueeze(1)
+        factor_R: torch.Tensor = group["lr"] / (sum_R.sqrt_().add_(group["eps"]))
+        return gradient_RE * factor_R.unsqueeze(1)
 
 
 def _coalesced(parameter: nn.Parameter) -> torch.Tensor:

@@ -129,7 +129,7 @@ def save_state(
     tree = asdict(state)
     manifest = {"kind": "training", "version": STATE_VERSION, "run": state.run, "schema": state.schema}
     storage.write_manifest(place, manifest | {"state": tree, "digest": digest(tree), "files": written, "about": about})
-    _prune(uri, num_to_keep)
+    _prune(uri, num_to_keep, place)
     return place
 
 
@@ -150,6 +150,8 @@ def newest_state(uri: str, run: str, schema: str) -> str | None:
             loaded = load_state(place, run, schema)
             if loaded.state.best_file is not None:
                 read_tensors(storage.join(uri, loaded.state.best_file["file"]), loaded.state.best_file)
+        except storage.RemoteError:
+            raise  # a store that refuses to read it says nothing about the checkpoint
         except storage.StorageError as error:
             logger.warning("checkpoint refused, looking at the one before it: %s", error)
             storage.remove(place)
@@ -182,13 +184,18 @@ def load_state(place: str, run: str, schema: str) -> Loaded:
 def _states(uri: str) -> list[str]:
     """Returns the directories of states, finished or not, in order of steps."""
     fs, path = storage.filesystem(uri)
-    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in (fs.ls(path, detail=False) if fs.exists(path) else [])]
+    with storage.told(uri, "listed"):
+        found = fs.ls(path, detail=False) if storage.exists(uri) else []
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
     return sorted(storage.join(uri, name) for name in names if name.startswith("step-"))
 
 
-def _prune(uri: str, num_to_keep: int) -> None:
-    """Removes all but the newest states, and weights of epochs that none of those kept names."""
-    places = _states(uri)
+def _prune(uri: str, num_to_keep: int, newest: str) -> None:
+    """Removes all but the newest states, and weights of epochs that none of those kept names.
+
+    A listing may lag: the newest state counts in any case, or the weights that it alone names would be removed.
+    """
+    places = sorted({*_states(uri), newest})
     for place in places[:-num_to_keep]:
         storage.remove(place)
     used = set()

@@ -36,7 +36,8 @@ class StopFlag:
 def start_flag() -> Any:
     """Starts a flag on the node of the driver, whose end ends the job anyway; returns the actor's handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return StopFlag.options(scheduling_strategy=here).remote()
+    actor: Any = StopFlag  # ray.remote's types leave the class as it was
+    return actor.options(scheduling_strategy=here).remote()
 
 
 @contextlib.contextmanager

@@ -65,9 +65,10 @@ class Trainer:
             sharding().shard_embedding(model, device, table_rate)
         model.to(device)
         tables = embedding_parameters(model)  # none where they are sharded
-        self.step_model: nn.Module = model
+        self.step_model: MultiScenarioModel | DistributedDataParallel = model
         if self.train.compile:
-            model.embedding.forward = torch.compiler.disable(model.embedding.forward)  # its gradients are sparse
+            embedding: nn.Module = model.embedding
+            embedding.forward = torch.compiler.disable(embedding.forward)  # its gradients are sparse
             model.compile(dynamic=True)  # scenarios have other numbers of rows in each step
         if world_size > 1:
             for parameter in tables.values():
@@ -124,11 +125,11 @@ class Trainer:
         self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        sums_S2 = 0
+        sums_S2 = torch.zeros((), dtype=torch.float64, device=self.device)
+        parallel = self.step_model if isinstance(self.step_model, DistributedDataParallel) else None
         for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
-            alone = self.world_size > 1 and number < len(batches)
-            with self.step_model.no_sync() if alone else contextlib.nullcontext():
+            with parallel.no_sync() if parallel and number < len(batches) else contextlib.nullcontext():
                 with self.autocast:
                     logit_B, norm_B = self.step_model(batch)
                 loss_B = nn.functional.binary_cross_entropy_with_logits(
@@ -225,8 +226,8 @@ class Trainer:
             name, _, key = rest.rpartition(".")
             parameter = self.parameters[kind][name]
             # A count of steps is a number for LazyAdam, and a tensor for AdamW.
-            own = int(value) if value.dtype == torch.int64 else value.to(self.device, copy=True)
-            self.optimizers[kind].state[parameter][key] = own
+            saved: int | torch.Tensor = int(value) if value.dtype == torch.int64 else value.to(self.device, copy=True)
+            self.optimizers[kind].state[parameter][key] = saved
 
 
 def sharding() -> ModuleType:

@@ -28,9 +28,11 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from llm4msr import storage
+from llm4msr import logs, storage
 from llm4msr.config import Config, ConfigError, digest
 from llm4msr.data.prepared import PreparedData
+from llm4msr.placement import alive_nodes, most_cpus, num_fitting
+from llm4msr.training.device import gpus_per_process, open_device
 from llm4msr.training.loop import train_worker
 from llm4msr.training.run import MOST_CPUS_BESIDE_GPU
 from llm4msr.training.signals import sigterm_event
@@ -109,7 +111,8 @@ def _run_trials(
         results = tuner.fit()
     records = [storage.read_json(trial.record_uri) for trial in trials if storage.exists(trial.record_uri)]
     known = {record["name"] for record in records}
-    for result in results:
+    for result in (results[i] for i in range(len(results))):
+        assert result.config is not None
         if (name := result.config["trial"]["name"]) not in known:
             message = str(result.error).strip().splitlines()[-1] if result.error else "ended without a result"
             logger.warning("%s failed; the same command tries it again: %s", name, message)
@@ -121,22 +124,22 @@ def trial_resources(config: Config, num_trials: int) -> dict[str, float]:
     """Returns the processors and GPUs of one trial: those configured, or what lets as many run at once as may.
 
     Raises:
-        ConfigError: No node of this machine's own cluster has as much.
+        ConfigError: No node of this machine's own cluster has as much, or device and GPUs contradict each other.
     """
-    section = config.tune
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus_N, gpus_N = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
-    gpus = min(sum(gpus_N), 1) if section.gpus_per_trial == "auto" else section.gpus_per_trial
+    section, nodes = config.tune, alive_nodes(ray.nodes())
+    num_gpus = sum(node.num_gpus for node in nodes)
+    gpus = gpus_per_process(config.train.device, section.gpus_per_trial, num_gpus, "tune.gpus_per_trial")
     at_once = num_trials if section.max_concurrent == "auto" else min(section.max_concurrent, num_trials)
-    if gpus:
-        at_once = max(min(at_once, int(sum(gpus_N) / gpus)), 1)
     cpus = section.cpus_per_trial
     if cpus == "auto":
-        cpus = max(min(sum(cpus_N) // at_once, max(cpus_N), MOST_CPUS_BESIDE_GPU if gpus else max(cpus_N)), 1)
-    for key, wanted, there in (("cpus", cpus, max(cpus_N)), ("gpus", gpus, max(gpus_N))):
+        # More at once than there is room for, even at a CPU each, wait for their turn.
+        at_once = max(min(at_once, num_fitting(nodes, 1, gpus)), 1)
+        cpus = most_cpus(nodes, at_once, gpus, MOST_CPUS_BESIDE_GPU if gpus else None)
+    most = {kind: max([getattr(node, f"num_{kind}") for node in nodes], default=0) for kind in ("cpus", "gpus")}
+    for kind, wanted in (("cpus", cpus), ("gpus", gpus)):
         # A cluster may grow; this machine does not, and Ray Tune would wait for ever.
-        if wanted > there and not os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"tune.{key}_per_trial: {wanted:g} are needed, this machine has {there}")
+        if wanted > most[kind] and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"tune.{kind}_per_trial: {wanted:g} are needed, this machine has {most[kind]}")
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
@@ -155,10 +158,12 @@ def _scheduler(config: Config, ended: Sequence[dict[str, Any]]) -> TrialSchedule
         stop_last_trials=False,  # after its last epoch a trial ends by itself, and writes its checkpoint
     )
     for record in ended:
-        trial = SimpleNamespace(trial_id=record["name"])
-        scheduler.on_trial_add(None, trial)
+        # Of the trial it reads the id alone, of the controller nothing.
+        nobody: Any = None
+        trial: Any = SimpleNamespace(trial_id=record["name"])
+        scheduler.on_trial_add(nobody, trial)
         for epochs, auc in record["curve"]:
-            scheduler.on_trial_result(None, trial, {"epochs": epochs, "valid_auc": auc})
+            scheduler.on_trial_result(nobody, trial, {"epochs": epochs, "valid_auc": auc})
     return scheduler
 
 
@@ -180,7 +185,8 @@ def _train_trial(settings: dict[str, Any], tasks: dict[str, Trial]) -> None:
     if finished:
         return
     try:
-        train_worker(task, 0, 1, torch.device("cuda" if resources.get("GPU") else "cpu"), report)
+        with logs.about(stage="tune", run=task.name):
+            train_worker(task, 0, 1, open_device(bool(resources.get("GPU"))), report)
     except TrainingDiverged as error:
         tune.report({"epochs": epochs + 1, "valid_auc": 0.0, "diverged": str(error)})
 
@@ -188,7 +194,8 @@ def _train_trial(settings: dict[str, Any], tasks: dict[str, Trial]) -> None:
 def _history(task: TrainTask, finished: bool) -> list[dict[str, Any]]:
     """Returns the metrics of the epochs that the trial has behind it."""
     if finished:
-        return storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))["history"]
+        history: list[dict[str, Any]] = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))["history"]
+        return history
     schema = digest(PreparedData.open(task.prepared_uri).schema.to_json())
     place = newest_state(task.training_uri, task.name, schema)
     return load_state(place, task.name, schema).state.history if place else []
@@ -241,4 +248,4 @@ class _Recorder(tune.Callback):
 
 
 def _trial_name(trial: Any) -> str:
-    return trial.config["trial"]["name"]
+    return str(trial.config["trial"]["name"])

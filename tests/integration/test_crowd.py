@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import time
 from collections import Counter
 
 import httpx
+import pytest
 from live_site import Site
 from tiny import tiny_checkpoint, tiny_knowledge, tiny_prepared
 
@@ -26,15 +29,35 @@ class Slow(Served):
         return super().rank(request)
 
 
-def test_who_is_too_much_is_told_at_once_and_nobody_waits_long(tmp_path):
+class Eventful(Served):
+    """Has something happen in the middle of some rankings, while the event loop is busy.
+
+    Attributes:
+        events: By the number of the ranking, from 0.
+        num_rankings: How many there were.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.events, self.num_rankings = {}, 0
+
+    def rank(self, request):
+        event = self.events.pop(self.num_rankings, None)
+        self.num_rankings += 1
+        if event is not None:
+            event()
+        return super().rank(request)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_uri(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crowd")
+    return tiny_checkpoint(str(folder / "checkpoint"), tiny_prepared(str(folder / "p")), tiny_knowledge())
+
+
+def test_who_is_too_much_is_told_at_once_and_nobody_waits_long(checkpoint_uri):
     served = Slow()
-    served.change(
-        {
-            "checkpoint_uri": tiny_checkpoint(
-                str(tmp_path / "checkpoint"), tiny_prepared(str(tmp_path / "p")), tiny_knowledge()
-            )
-        }
-    )
+    served.change({"checkpoint_uri": checkpoint_uri})
     records = []
     site = Site(Gate(build_api(served, Limits()), None, 2**20, MAX_IN_FLIGHT, records.append))
 
@@ -57,3 +80,65 @@ def test_who_is_too_much_is_told_at_once_and_nobody_waits_long(tmp_path):
     slowest = max(record["ms"] for record in records if record["status"] == 200)
     assert slowest < SCORING_S * 1000 * CROWD / 2
     assert statuses[503] > MAX_IN_FLIGHT
+
+
+def connect(site: Site) -> http.client.HTTPConnection:
+    """A connection that the server has accepted already: what is sent over it needs only to be read."""
+    connection = http.client.HTTPConnection(site.url.split("/")[2], timeout=60)
+    ask(connection, "/healthz")
+    assert answered(connection) == 200
+    return connection
+
+
+def ask(connection: http.client.HTTPConnection, path: str, body: dict | None = None) -> None:
+    content = None if body is None else json.dumps(body).encode()
+    connection.request("POST" if body else "GET", path, content, {"content-type": "application/json"})
+
+
+def answered(connection: http.client.HTTPConnection) -> int:
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
+
+
+@pytest.mark.parametrize(
+    ("crowd", "later", "status"),
+    [
+        ([("/v1/rank", BODY)] * MAX_IN_FLIGHT, [("/healthz", None)], 200),
+        ([("/v1/rank", BODY)] * MAX_IN_FLIGHT, [("/v1/rank", BODY)] * MAX_IN_FLIGHT, 503),
+        ([("/v1/rank:batch", {"requests": [BODY] * MAX_IN_FLIGHT})], [("/healthz", None)], 200),
+    ],
+    ids=["a probe", "too many", "a probe beside a batch"],
+)
+def test_the_network_is_looked_at_between_two_rankings(checkpoint_uri, crowd, later, status):
+    """The order of answers, not their time: what a crowd sends in the middle of one ranking is read after it, all at
+    once, and what is sent in the middle of the crowd's first ranking is seen before its last."""
+    served, answers = Eventful(), []
+    served.change({"checkpoint_uri": checkpoint_uri})
+    site = Site(
+        Gate(
+            build_api(served, Limits()),
+            None,
+            2**20,
+            MAX_IN_FLIGHT,
+            lambda record: answers.append((record["path"], record["status"], served.num_rankings)),
+            max_wait_ms=60_000,
+        )
+    )
+    try:
+        first, *others = [connect(site) for _ in (0, *crowd, *later)]
+        early, late = others[: len(crowd)], others[len(crowd) :]
+        answers.clear()
+        served.events = {
+            0: lambda: [ask(one, *asked) for one, asked in zip(early, crowd, strict=True)],
+            1: lambda: [ask(one, *asked) for one, asked in zip(late, later, strict=True)],
+        }
+        ask(first, "/v1/rank", BODY)
+        assert [answered(one) for one in (first, *early)] == [200] * (1 + len(early))
+        assert status in [answered(one) for one in late]
+    finally:
+        site.close()
+    rankings_before = next(
+        number for path, found, number in answers if number > 1 and (path, found) == (later[0][0], status)
+    )
+    assert rankings_before <= 4, answers

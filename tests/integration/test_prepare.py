@@ -177,6 +177,11 @@ class TestPrepare:
         with pytest.raises(DataError, match=message):
             run(tmp_path, split=MOMENTS)
 
+    def test_events_without_a_row_are_refused_where_negatives_would_be_drawn(self, tmp_path):
+        write(tmp_path, "part-0.csv", HEADER)
+        with pytest.raises(DataError, match="the train split has no rows"):
+            run(tmp_path, split=MOMENTS, negatives_per_positive=1)
+
     def test_a_scenario_that_lacks_a_label_in_test_is_named_in_the_log(self, tmp_path, caplog):
         write(tmp_path, "part-0.csv", HAND_MADE)
         with caplog.at_level("WARNING", logger="llm4msr.data"):

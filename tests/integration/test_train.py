@@ -64,6 +64,27 @@ def test_more_workers_than_processors_are_refused(places, ray_cluster):
         train(task)
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_workers": "auto"}, ConfigError, r"train\.num_workers = 'auto': the cluster has no GPU now.*\[1, 4\]"),
+        ({"num_workers": 2}, ConfigError, r"train\.num_workers: 2 workers need as many GPUs, this machine has 0"),
+        ({"num_workers": 0}, TrainingError, r"train\.device: a GPU is asked for, and this process on .* sees none"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpus_that_are_not_there_are_refused(places, ray_cluster, settings, error, message):
+    with pytest.raises(error, match=message):
+        train(make_task(places, "no-gpu", train=settings | {"device": "cuda"}))
+
+
+def test_a_run_says_on_what_it_was_computed(places, ray_cluster):
+    task = make_task(places, "on-cpu", "none", train={"device": "cpu", "max_epochs": 2})
+    assert train(task)["devices"] == ["cpu"]
+    found = storage.read_json(storage.join(task.checkpoint_uri, "metadata.json"))
+    assert found["devices"] == ["cpu"] and [epoch["device"] for epoch in found["history"]] == ["cpu", "cpu"]
+
+
 def test_a_finished_run_is_not_trained_again(places, ray_cluster):
     task = make_task(places, "once", "none")
     first = train(task)

@@ -25,6 +25,9 @@ LAYERS = {
     "llm4msr.settings": 0,
     "llm4msr.schema": 0,
     "llm4msr.storage": 0,
+    "llm4msr.logs": 0,
+    "llm4msr.remote": 0,
+    "llm4msr.placement": 0,
     "llm4msr.workspace": 0,
     "llm4msr.data": 1,
     "llm4msr.knowledge": 1,
@@ -64,6 +67,7 @@ ONLY_IN = {
         "llm4msr.knowledge.pipeline",
         "llm4msr.knowledge.prompt_stage",
         "llm4msr.knowledge.engines.vllm",
+        "llm4msr.training.gloo",
         "llm4msr.training.run",
         "llm4msr.training.stop",
         "llm4msr.training.tune",
@@ -222,8 +226,8 @@ PLANTED = {
             "llm4msr.data.features imports ray.data; ray belongs in llm4msr.comparison.run, llm4msr.data.pipeline, "
             "llm4msr.knowledge.actors, "
             "llm4msr.knowledge.engines.vllm, llm4msr.knowledge.pipeline, "
-            "llm4msr.knowledge.prompt_stage, llm4msr.scoring.pipeline, llm4msr.training.run, llm4msr.training.stop, "
-            "llm4msr.training.tune"
+            "llm4msr.knowledge.prompt_stage, llm4msr.scoring.pipeline, llm4msr.training.gloo, "
+            "llm4msr.training.run, llm4msr.training.stop, llm4msr.training.tune"
         ],
     ),
     "llm4msr/data/pipeline.py": ("import ray\nfrom llm4msr.data import csv\n", []),

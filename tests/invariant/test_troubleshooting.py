@@ -35,7 +35,6 @@ CALLER = "only another caller of this function can meet it, no user of the jobs"
 INSIDE = "shown inside `not a knowledge table: …`"
 # Messages without a row, by file and function: how many there are, and why.
 EXEMPT = {
-    "llm4msr/batch.py:Collator.__init__": (1, CALLER),
     "llm4msr/config/base.py:_plain": (1, CALLER),
     "llm4msr/data/http.py:_continue": (2, "shown inside `failed N times in a row, the last time with`"),
     "llm4msr/data/http.py:_get": (4, FOREIGN),

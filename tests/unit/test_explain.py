@@ -286,24 +286,24 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("aws", "message"),
     [
-        ({}, "NoCredentialsError: Unable to locate credentials"),
+        ({}, "NoCredentialsError: Unable to locate credentials; give all nodes the keys of this very store"),
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
-            'EndpointConnectionError: Could not connect to the endpoint URL: "http://127.0.0.1:9/bucket/x/knowledge"',
+            'EndpointConnectionError: Could not connect to the endpoint URL: "http://127.0.0.1:9/bucket/x/knowledge"; '
+            "the store or the way to it is disturbed: see that it answers from this node, then give the same command",
         ),
     ],
 )
 def test_an_object_store_that_cannot_be_read_is_one_clear_line(tmp_path, aws, message):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | aws
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_MAX_ATTEMPTS": "1", "HOME": str(tmp_path)}
-    probe = (
-        "import sys; from jobs.explain import main; from llm4msr import storage; storage.ATTEMPTS = 1; "
-        "sys.exit(main(['--workspace_uri', 's3://bucket/x', '--user', '1000']))"
-    )
+    asked = ["--workspace_uri", "s3://bucket/x", "--user", "1000"]
+    probe = f"import sys; from jobs.explain import main; sys.exit(main({asked}))"
     command = [sys.executable, "-c", probe]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"python -m jobs.explain: object store: {message}\n"
+    place = "s3://bucket/x/knowledge cannot be read"
+    assert result.stderr == f"python -m jobs.explain: {place}; object store: {message}\n"
 
 
 @pytest.mark.parametrize(

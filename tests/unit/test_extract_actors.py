@@ -10,56 +10,94 @@ import pytest
 
 from llm4msr import storage
 from llm4msr.config import ConfigError, KnowledgeConfig
-from llm4msr.knowledge.actors import MAX_ATTEMPTS, EncodeUnit, Pool, plan_pool
+from llm4msr.knowledge.actors import MAX_ATTEMPTS, EncodeUnit, Pool, plan_pool, waited_for
 from llm4msr.knowledge.engines.encoder import EncoderError, encoder_identity
 from llm4msr.knowledge.engines.interface import BatchDone, Hardware
 from llm4msr.knowledge.pipeline import check_errors
 from llm4msr.knowledge.prompts import Prompt, prompts_table
 from llm4msr.knowledge.store import KnowledgeStore, keys_to_arrow, prompt_keys
+from llm4msr.placement import Node, alive_nodes
 
 LARGE = {"model": "owner/large"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "gpus_of_nodes", "num_cpus", "expected"),
+    ("settings", "nodes", "expected"),
     [
-        ({}, [0], 2, Pool(2, 2, 0, 1)),  # the embedded encoder: an actor per core
-        ({}, [0], 16, Pool(16, 16, 0, 1)),
-        ({"num_actors": 1}, [0], 2, Pool(1, 1, 0, 2)),
-        ({"num_actors": 3}, [0], 16, Pool(3, 3, 0, 5)),
-        ({"num_actors": (1, 4)}, [0], 2, Pool(1, 4, 0, 2)),  # a cluster that grows
-        ({"cpus_per_actor": 2}, [0], 8, Pool(4, 4, 0, 2)),
-        (LARGE, [0], 4, Pool(1, 1, 0, 4)),
-        (LARGE, [0], 16, Pool(2, 2, 0, 8)),
-        (LARGE, [4], 64, Pool(4, 4, 1, 8)),
-        (LARGE, [1, 1, 0, 2], 64, Pool(4, 4, 1, 8)),
-        (LARGE | {"device": "cpu"}, [4], 16, Pool(2, 2, 0, 8)),
-        (LARGE | {"num_actors": 2}, [4], 3, Pool(2, 2, 1, 1)),
-        (LARGE | {"gpus_per_actor": 0.5}, [2], 16, Pool(4, 4, 0.5, 4)),
-        (LARGE | {"gpus_per_actor": 0.4}, [8], 16, Pool(16, 16, 0.4, 1)),  # two on each, not 20 in all
-        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [4], 16, Pool(2, 2, 2, 8)),
-        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [3, 1, 1], 16, Pool(1, 1, 2, 8)),
-        (LARGE | {"num_actors": (1, 8)}, [8], 32, Pool(1, 8, 1, 4)),  # CPUs for all that fit, not for the fewest
-        (LARGE | {"device": "cuda", "num_actors": (1, 8)}, [0], 16, Pool(1, 8, 1, 8)),
-        (LARGE | {"engine": "openai"}, [4], 16, Pool(1, 1, 0, 1)),
-        (LARGE | {"engine": "openai", "num_actors": 3}, [0], 16, Pool(3, 3, 0, 1)),
+        ({}, [(2, 0)], Pool(2, 2, 0, 1)),  # the embedded encoder: an actor per core
+        ({}, [(16, 0)], Pool(16, 16, 0, 1)),
+        ({"num_actors": 1}, [(2, 0)], Pool(1, 1, 0, 2)),
+        ({"num_actors": 3}, [(16, 0)], Pool(3, 3, 0, 5)),
+        ({"num_actors": 3}, [(4, 0), (4, 0)], Pool(3, 3, 0, 2)),  # an actor lies on one node
+        ({"num_actors": (1, 4)}, [(2, 0)], Pool(1, 4, 0, 2)),  # a cluster that grows
+        ({"cpus_per_actor": 2}, [(8, 0)], Pool(4, 4, 0, 2)),
+        (LARGE, [(4, 0)], Pool(1, 1, 0, 4)),
+        (LARGE, [(4, 0), (4, 0)], Pool(2, 2, 0, 4)),
+        (LARGE, [(16, 0)], Pool(2, 2, 0, 8)),
+        (LARGE, [(64, 4)], Pool(4, 4, 1, 8)),
+        (LARGE, [(16, 1), (16, 1), (16, 0), (16, 2)], Pool(4, 4, 1, 8)),
+        (LARGE, [(64, 0), (4, 1)], Pool(1, 1, 1, 4)),  # another node's CPUs are of no use beside a GPU
+        (LARGE, [(3, 4)], Pool(3, 3, 1, 1)),
+        (LARGE | {"device": "cpu"}, [(16, 4)], Pool(2, 2, 0, 8)),
+        (LARGE | {"num_actors": 2}, [(3, 4)], Pool(2, 2, 1, 1)),
+        (LARGE | {"gpus_per_actor": 0.5}, [(16, 2)], Pool(4, 4, 0.5, 4)),
+        (LARGE | {"gpus_per_actor": 0.4}, [(16, 8)], Pool(16, 16, 0.4, 1)),  # two on each, not 20 in all
+        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [(16, 4)], Pool(2, 2, 2, 8)),
+        (LARGE | {"gpus_per_actor": 2, "engine": "vllm"}, [(8, 3), (8, 1), (8, 1)], Pool(1, 1, 2, 8)),
+        (LARGE | {"num_actors": (1, 8)}, [(32, 8)], Pool(1, 8, 1, 4)),  # CPUs for all that fit, not for the fewest
+        (LARGE | {"engine": "openai"}, [(16, 4)], Pool(1, 1, 0, 1)),
+        (LARGE | {"engine": "openai", "num_actors": 3}, [(16, 0)], Pool(3, 3, 0, 1)),
+        # A head without CPUs, its workers yet to be started.
+        ({}, [(0, 0)], Pool(1, 1, 0, 1)),
+        ({}, [], Pool(1, 1, 0, 1)),
+        (LARGE, [(0, 0)], Pool(1, 1, 0, 1)),
+        (LARGE | {"num_actors": (2, 8)}, [(0, 0)], Pool(2, 8, 0, 1)),
+        (LARGE | {"engine": "openai"}, [(0, 0)], Pool(1, 1, 0, 1)),
+        # GPUs that are yet to be started: one CPU is beside each, more may not be.
+        (LARGE | {"device": "cuda", "num_actors": (1, 8)}, [(16, 0)], Pool(1, 8, 1, 1)),
+        (LARGE | {"device": "cuda", "num_actors": (1, 8), "cpus_per_actor": 4}, [(16, 0)], Pool(1, 8, 1, 4)),
     ],
 )
-def test_plan_pool(settings, gpus_of_nodes, num_cpus, expected):
-    pool = plan_pool(KnowledgeConfig(**settings), gpus_of_nodes, num_cpus)
+def test_plan_pool(settings, nodes, expected):
+    pool = plan_pool(KnowledgeConfig(**settings), [Node(*node) for node in nodes])
     assert pool == expected
     assert pool.device == ("cuda" if expected.num_gpus else "cpu")
 
 
 @pytest.mark.parametrize(
+    ("pool", "nodes", "expected"),
+    [
+        (Pool(2, 2, 0, 1), [(2, 0)], None),
+        (Pool(1, 8, 1, 4), [(4, 1)], None),  # the fewest can run, and the others may come
+        (Pool(1, 8, 1, 1), [(16, 0)], "nodes for 1 of 1 actors, 1 CPUs and 1 GPUs each"),
+        (Pool(3, 3, 0.5, 4), [(8, 1), (1, 4)], "nodes for 1 of 3 actors, 4 CPUs and 0.5 GPUs each"),
+        (Pool(1, 1, 0, 1), [], "nodes for 1 of 1 actors, 1 CPUs each"),
+    ],
+)
+def test_what_is_waited_for(pool, nodes, expected):
+    assert waited_for(pool, [Node(*node) for node in nodes]) == expected
+
+
+def test_nodes_that_are_there():
+    found = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "memory": 1.0, "node:__internal_head__": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"GPU": 2.0, "CPU": 4.0}},
+        {"Alive": True, "Resources": {}},
+    ]
+    assert alive_nodes(found) == (Node(8, 0), Node(4, 2), Node(0, 0))
+
+
+@pytest.mark.parametrize(
     ("settings", "num_gpus", "message"),
     [
-        ({"num_actors": 5}, 4, r"num_actors 5: the cluster has 4 GPUs, enough for 4"),
+        ({"num_actors": 5}, 4, r"num_actors 5: the cluster has 4 GPUs and 64 CPUs, enough for 4 with 1 CPUs each"),
         (
             {"num_actors": 5, "gpus_per_actor": 2, "engine": "vllm"},
             4,
-            r"num_actors 5: the cluster has 4 GPUs, enough for 2",
+            r"num_actors 5: the cluster has 4 GPUs and 64 CPUs, enough for 2",
         ),
+        ({"num_actors": 4, "cpus_per_actor": 32}, 4, r"num_actors 4: .* enough for 2 with 32 CPUs each"),
         ({"engine": "vllm"}, 0, r"gpus_per_actor 1: the cluster has 0 GPUs now"),
         ({"num_actors": 65}, 0, r"num_actors 65: the cluster has 64 CPUs"),
         ({"device": "cuda"}, 0, r"gpus_per_actor 1: the cluster has 0 GPUs now.*\[1, 8\]"),
@@ -68,7 +106,7 @@ def test_plan_pool(settings, gpus_of_nodes, num_cpus, expected):
 )
 def test_actors_that_can_never_run_are_refused(settings, num_gpus, message):
     with pytest.raises(ConfigError, match=message):
-        plan_pool(KnowledgeConfig(**settings), [num_gpus], 64)
+        plan_pool(KnowledgeConfig(**settings), [Node(64, num_gpus)])
 
 
 CONFIG = KnowledgeConfig(max_tokens=32, dtype="float32")

@@ -9,13 +9,15 @@ import pytest
 import torch
 from tiny import NUM_ITEMS, NUM_USERS, tiny_checkpoint, tiny_config, tiny_knowledge, tiny_prepared, tiny_schema
 
+from jobs.session import user_message
 from llm4msr.batch import Collator, EntityFeatures
-from llm4msr.config import MetaConfig, ModelConfig
+from llm4msr.config import ConfigError, MetaConfig, ModelConfig
 from llm4msr.knowledge.table import KnowledgeTable
 from llm4msr.models.embedding import FeatureEmbedding
 from llm4msr.models.layers import Order
 from llm4msr.models.llm4msr import build_model, set_knowledge
 from llm4msr.ranker import Ranker
+from llm4msr.storage import StorageError
 from llm4msr.training.reader import list_row_groups, read_row_group
 
 
@@ -168,8 +170,17 @@ def test_levels_switch(prepared, rows, form, user, scenario, items):
 
 def test_no_level_is_refused():
     config = ModelConfig(meta=MetaConfig(user_level=False, scenario_level=False))
-    with pytest.raises(ValueError, match=r"both off and no item has knowledge: nothing would read"):
+    with pytest.raises(ConfigError, match=r"both off and no item has knowledge: nothing would read") as caught:
         build_model(tiny_schema(), config, 8)
+    assert user_message(caught.value) == str(caught.value)  # a job says it without a traceback
+
+
+def test_knowledge_of_other_data_is_refused(prepared):
+    other = tiny_knowledge()
+    other = replace(other, user_index_N=other.user_index_N[:-1])
+    with pytest.raises(StorageError, match=r"of 39 users, the data has 40: .* run jobs\.extract") as caught:
+        collator(prepared, other)
+    assert user_message(caught.value) == str(caught.value)
 
 
 def test_user_level_residual_is_the_paper_formula(prepared, rows):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import SEQUENCES, tiny_checkpoint, tiny_knowledge, tiny_prepared
 
@@ -50,6 +54,17 @@ def test_the_scores_are_the_same(root, uri):
     assert shared.checkpoint.uri == uri
 
 
+def own_kib(root: Path) -> dict[str, int]:
+    """The mapped files of the copies, and what of each is this process's alone."""
+    own, name = {}, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)$", line):
+            name = found[1]
+        elif line.startswith("Anonymous:") and name and str(root) in name:
+            own[Path(name).name] = own.get(Path(name).name, 0) + int(line.split()[1])
+    return own
+
+
 @pytest.mark.parametrize("knowledge", [True, False])
 def test_what_is_large_is_mapped_and_not_copied(root, tmp_path, knowledge):
     prepared = tiny_prepared(str(tmp_path / "prepared"), more=SEQUENCES)
@@ -57,16 +72,54 @@ def test_what_is_large_is_mapped_and_not_copied(root, tmp_path, knowledge):
     ranker = Ranker.from_checkpoint(checkpoint, shared=True)
     scores(ranker)
 
-    own, name = {}, None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)$", line):
-            name = found[1]
-        elif line.startswith("Anonymous:") and name and str(root) in name:
-            own[Path(name).name] = own.get(Path(name).name, 0) + int(line.split()[1])
+    own = own_kib(root)
     assert own.keys() >= {"model.safetensors", "user.arrow", "item.arrow", "user.ids.npy", "item.ids.npy"}
     assert ("users.npy" in own) == knowledge
     assert set(own.values()) == {0}
     assert isinstance(ranker.checkpoint.collator.users.ids, np.memmap)
+
+
+def test_text_ids_are_mapped_too(root, tmp_path):
+    prepared = tiny_prepared(str(tmp_path / "prepared"), user_key_type="string")
+    checkpoint = tiny_checkpoint(str(tmp_path / "checkpoint"), prepared, tiny_knowledge())
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    shared = Ranker.from_checkpoint(checkpoint, shared=True)
+    keys = shared.checkpoint.users["key"].to_pylist()
+
+    assert shared.user_rows([*keys, "nobody"], "user").tolist() == [*range(1, len(keys) + 1), 0]
+    assert pa.total_allocated_bytes() <= before
+    own = own_kib(root)
+    assert {name: own[name] for name in ("user.arrow", "user.hashes.npy", "user.places.npy")} == {
+        "user.arrow": 0,
+        "user.hashes.npy": 0,
+        "user.places.npy": 0,
+    }
+    assert "item.hashes.npy" not in own  # whole numbers are in their own order
+    request = replace(REQUEST, user=keys[3])
+    alone = Ranker.from_checkpoint(checkpoint)
+    assert shared.rank(request).results == alone.rank(request).results
+    assert shared.rank(request).user_known
+
+
+def test_text_of_more_pieces_becomes_one(root, tmp_path):
+    prepared = tiny_prepared(str(tmp_path / "prepared"), user_key_type="string")
+    checkpoint = tiny_checkpoint(str(tmp_path / "checkpoint"), prepared, tiny_knowledge())
+    users = pq.read_table(f"{checkpoint}/users.parquet")
+    pq.write_table(users, f"{checkpoint}/users.parquet", row_group_size=7)
+    shared = Ranker.from_checkpoint(checkpoint, shared=True)
+
+    assert shared.checkpoint.users["key"].num_chunks == 1
+    assert shared.checkpoint.users["text"].type == pa.large_string()
+    for name in users.column_names:
+        assert shared.checkpoint.users[name].to_pylist() == users[name].to_pylist()
+
+
+def test_a_copy_of_an_older_layout_is_not_read(root, uri, monkeypatch):
+    place = node_copy(uri)
+    monkeypatch.setattr(module, "VERSION", module.VERSION - 1)
+
+    assert node_copy(uri) != place
 
 
 def test_it_is_made_once_by_whoever_is_first(root, uri):

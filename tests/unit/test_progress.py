@@ -39,6 +39,13 @@ def test_progress_line(reading, expected):
     assert progress_line(reading, 200) == expected
 
 
+def test_who_waits_for_nodes_does_not_load_a_model():
+    nothing = Reading(BatchDone(), 0, None, 0, 0)
+    assert progress_line(nothing, 200) == "loading the language model"
+    assert progress_line(nothing, 200, "waiting for nodes") == "waiting for nodes"
+    assert progress_line(Reading(BatchDone(), 1, CPU, 1, 1), 200, "waiting for nodes") == "encoded 0/200 prompts"
+
+
 def test_speed_is_what_the_sums_say():
     done = BatchDone(100, 1, num_tokens=9_000, num_computed_tokens=10_000, num_generated_tokens=2_000, busy_s=10)
     figures = speed(Reading(done, 8, Hardware("gpu", num_parameters=1_000_000, peak_flops=1e10), 2, 15))

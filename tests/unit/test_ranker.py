@@ -11,7 +11,6 @@ from tiny import tiny_checkpoint, tiny_knowledge, tiny_prepared
 
 from llm4msr import storage
 from llm4msr.data.prepared import ITEMS_FILE
-from llm4msr.lookup import KeyIndex
 from llm4msr.ranker import Ranker
 from llm4msr.request import RankRequest, RequestError
 from llm4msr.schema import UNSEEN_INDEX, feature_table_schema
@@ -56,37 +55,6 @@ def test_rows(prepared):
 
 def take(rows, places):
     return {name: column[places] for name, column in rows.items()}
-
-
-class TestKeyIndex:
-    def test_finds_integers_and_gives_0_to_the_others(self):
-        index = KeyIndex(pa.array([-5, 3, 10, 2**53, 2**53 + 1, 2**63 - 1]), "int64")
-
-        rows = index([3, 2**53 + 1, 2**53, 4, -5, 2**63 - 1, -(2**63), 11], "items")
-
-        assert rows.tolist() == [2, 5, 4, 0, 1, 6, 0, 0]
-        assert rows.dtype == np.int32
-
-    def test_finds_text_and_gives_0_to_the_others(self):
-        index = KeyIndex(pa.array(["a", "b", "ü"]), "string")
-
-        assert index(["ü", "c", "a", "", "A"], "items").tolist() == [3, 0, 1, 0, 0]
-
-    def test_an_empty_table_knows_nobody(self):
-        assert KeyIndex(pa.array([], pa.int64()), "int64")([1, 2], "user").tolist() == [0, 0]
-        assert KeyIndex(pa.array([], pa.string()), "string")(["1"], "user").tolist() == [0]
-
-    @pytest.mark.parametrize("wrong", ["3", 3.0, True, None, 2**63, -(2**63) - 1])
-    def test_refuses_what_is_no_64_bit_integer(self, wrong):
-        with pytest.raises(RequestError, match=r"is not a 64-bit integer: .*, such as 3") as e:
-            KeyIndex(pa.array([3]), "int64")([3, wrong], "items")
-        assert e.value.field == "items"
-        assert str(e.value).startswith(repr(wrong))
-
-    @pytest.mark.parametrize("wrong", [3, 3.0, True, None])
-    def test_refuses_what_is_no_text(self, wrong):
-        with pytest.raises(RequestError, match="is not a text id: ids of this data are text, such as 'a'"):
-            KeyIndex(pa.array(["a"]), "string")(["a", wrong], "user")
 
 
 class TestScore:

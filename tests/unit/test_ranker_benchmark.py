@@ -17,8 +17,8 @@ WORLD = World(num_rows=2_000, num_users=500, num_items=3_000, num_valid_rows=200
 
 def test_every_side_is_measured():
     result = bench.run(WORLD, 2, 1, "short form")
-    assert len(result.seconds) == 2 * (2 * 3 + 2) and all(s[0] > 0 for s in result.seconds.values())
-    assert len(result.ratios) == 6 and len(result.goals) == 5 and result.met is None
+    assert len(result.seconds) == 2 * (2 * 3 + 3) and all(s[0] > 0 for s in result.seconds.values())
+    assert len(result.ratios) == 8 and len(result.goals) == 3 and result.met is None
 
 
 @pytest.mark.parametrize("form", bench.FORMS)
@@ -28,6 +28,7 @@ def test_what_is_compared_is_the_same_scoring(tmp_path, form):
     assert checkpoint.config.model.meta.weight_form == form and checkpoint.knowledge.num_items_with_knowledge == 3_000
     rows = bench.candidate_rows(checkpoint, 100)
     batch = bench.regenerated(checkpoint.collator(rows))
+    assert len(checkpoint.collator(rows).knowledge_UK) == 2  # of nobody and of the one user: generated once
     assert len(batch.knowledge_UK) == 101 and len(set(batch.knowledge_index_B.tolist())) == 100
     with torch.inference_mode():
         score_B = torch.sigmoid(checkpoint.model(batch)[0].double()).numpy()

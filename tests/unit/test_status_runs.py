@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from test_status import LATER_S, asked, finish, later, make, row_of, rows_of
 from tiny import tiny_prepared
 
 from llm4msr import storage, workspace
+from llm4msr.comparison.plan import plan_comparison, write_plan
 from llm4msr.knowledge import place as knowledge_place
 from llm4msr.status import planned, stages
 from llm4msr.training import run as training_run
@@ -99,6 +101,45 @@ def test_a_comparison_with_failures(tmp_path):
     assert {row.place: row.state for row in rows_of(root, "compare")} == {"compare-8": "running", "compare-9": "failed"}
 
 
+def test_a_comparison_that_is_under_way(tmp_path):
+    root = str(tmp_path / "w")
+    changes = {"backbones": ["star"], "knowledge": ["none", "llm"], "learning_rates": [0.1, 0.2], "tuning_seed": 0}
+    config, _ = make(root, compare=changes)
+    comparison = plan_comparison(config)
+    write_plan(comparison)
+    assert comparison.num_runs == 6  # 2 models: 2 learning rates with one seed, and the other seed at the better one
+    found = row_of(root, "compare")
+    assert (found.state, found.counts) == ("running", {"runs done": 0, "runs planned": 6})
+    first, second = comparison.models[0].tuning.values()
+    for task in (first, second):
+        finish(task)
+    for name in ("evaluation.json", "evaluation_detail.json"):
+        storage.write_json(storage.join(first.run_uri, name), {})
+    assert row_of(root, "compare").counts == {"runs done": 1, "runs planned": 6}  # the second is not evaluated yet
+    # Its plan is old, but its runs are written: it is under way.
+    long_ago = time.time() - 10 * LATER_S
+    os.utime(storage.local_path(storage.join(comparison.uri, "plan.json")), (long_ago, long_ago))
+    assert row_of(root, "compare").state == "running"
+    assert later(root, "compare").state == "stopped"
+
+
+def test_a_comparison_that_is_given_again_after_failures(tmp_path):
+    root = str(tmp_path / "w")
+    config, _ = make(root, compare={"backbones": ["star"], "knowledge": ["none", "llm"], "learning_rates": [0.1]})
+    comparison = plan_comparison(config)
+    write_plan(comparison)
+    plan, report = (storage.local_path(storage.join(comparison.uri, name)) for name in ("plan.json", "summary.json"))
+    summary = {"models": [], "failures": [{"run": "b", "message": "no memory"}], "diverged": []}
+    storage.write_json(str(report), summary)
+    os.utime(plan, (time.time() - 9, time.time() - 9))
+    assert row_of(root, "compare").state == "failed"
+    os.utime(report, (time.time() - 18, time.time() - 18))
+    found = row_of(root, "compare")
+    assert (found.state, found.counts) == ("running", {"runs done": 0, "runs planned": 4})
+    storage.write_manifest(comparison.uri, {"kind": "comparison"})
+    assert row_of(root, "compare").state == "complete"  # its report is there, whatever is done again
+
+
 def test_a_search_that_is_not_finished(tmp_path):
     root = str(tmp_path)
     for trial, ended in (("a", True), ("b", True), ("c", False)):
@@ -113,5 +154,6 @@ def test_names_of_other_modules_are_theirs():
     assert constant("llm4msr/training/trials.py", "TRIAL_FILE") == stages.TRIAL_FILE
     assert constant("llm4msr/comparison/plan.py", "EVALUATION_FILE") == stages.EVALUATION_FILE
     assert constant("llm4msr/comparison/plan.py", "DETAIL_FILE") == planned.DETAIL_FILE
+    assert constant("llm4msr/comparison/plan.py", "PLAN_FILE") == stages.COMPARE_PLAN_FILE
     assert training_run.HOW_NOT_WHAT == planned.TRAIN_HOW
     assert set(knowledge_place._HOW) == planned.KNOWLEDGE_HOW

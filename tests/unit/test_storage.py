@@ -291,39 +291,6 @@ def test_some_rows_are_read_in_the_order_given_and_other_row_groups_are_not(tmp_
         storage.read_rows(str(tmp_path / "none.parquet"), ["a"], [0])
 
 
-def test_a_remote_store_that_fails_for_a_while_is_asked_again(monkeypatch):
-    monkeypatch.setattr(storage.wait_random_exponential, "__call__", lambda *_: 0)
-    uri = "memory://bucket/t.parquet"
-    storage.write_parquet(uri, pa.table({"a": [1, 2]}))
-    left = {"failures": 0}
-    opened = pq.ParquetFile
-
-    def throttled(*given, **options):
-        if left["failures"]:
-            left["failures"] -= 1
-            raise OSError("SlowDown: please reduce your request rate")
-        return opened(*given, **options)
-
-    monkeypatch.setattr(pq, "ParquetFile", throttled)
-    for read in (storage.read_parquet, storage.read_rows):
-        left["failures"] = storage.ATTEMPTS - 1
-        assert read(uri, ["a"], *([[1]] if read is storage.read_rows else []))["a"][-1].as_py() == 2
-        assert left["failures"] == 0
-        # It gives up in the end, and names the file.
-        left["failures"] = 100
-        with pytest.raises(StorageError, match=r"bucket/t\.parquet.*SlowDown"):
-            read(uri, ["a"], *([[1]] if read is storage.read_rows else []))
-        assert left["failures"] == 100 - storage.ATTEMPTS
-    # What will not pass by waiting is said at once: a missing file, a damaged one, anything on a local disk.
-    left["failures"] = 0
-    with pytest.raises(StorageError, match="no such file"):
-        storage.read_rows("memory://bucket/none.parquet", ["a"], [0])
-    with storage.atomic_write("memory://bucket/bad.parquet") as file:
-        file.write(b"not Parquet at all")
-    with pytest.raises(StorageError, match=r"bad\.parquet: not a readable"):
-        storage.read_parquet("memory://bucket/bad.parquet")
-
-
 def test_a_local_disk_is_asked_once(tmp_path, monkeypatch):
     uri = str(tmp_path / "t.parquet")
     storage.write_parquet(uri, pa.table({"a": [1]}))

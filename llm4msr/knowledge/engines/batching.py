@@ -54,7 +54,8 @@ def shared_prefix_length(token_ids: Sequence[Sequence[int]]) -> int:
     if len(token_ids) < 2:
         return 0
     # What the first and the last in sorted order share, all between them share.
-    first, last = min(token_ids), max(token_ids)
+    rows = [list(row) for row in token_ids]
+    first, last = min(rows), max(rows)
     limit = min(map(len, token_ids)) - 1
     shared = next((i for i in range(limit) if first[i] != last[i]), limit)
     average = sum(map(len, token_ids)) / len(token_ids)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from llm4msr.config import KnowledgeConfig
 from llm4msr.knowledge.engines.interface import Device
+from llm4msr.knowledge.engines.model_files import EncoderError
 
 # Dense tensor-core peaks with 16-bit inputs, in FLOP/s, as the makers' data sheets state them (without sparsity).
 # Words that must all stand in the device's name; the first match counts.
@@ -72,6 +75,29 @@ def resolve_dtype(config: KnowledgeConfig, device: Device = "auto") -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if resolve_device(device) == "cuda" or cpu_has_bfloat16() else "float32"
+
+
+@contextmanager
+def enough_memory(name: str, dtype: str) -> Iterator[None]:
+    """Loads a model inside the block.
+
+    Args:
+        name: Of the model.
+        dtype: Of its weights.
+
+    Raises:
+        EncoderError: It does not fit into the GPU's memory; the message says what helps.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        gpu = f"{torch.cuda.get_device_name()}: " if torch.cuda.is_available() else ""
+        said = " ".join(str(error).split()).partition(" Of the allocated memory")[0]  # what follows is about settings
+        raise EncoderError(
+            f"knowledge.model {name!r} in {dtype} does not fit into the memory of the GPU ({gpu}{said}): take a "
+            "smaller model, knowledge.dtype = 'bfloat16', a whole GPU for each actor (knowledge.gpus_per_actor = 1), "
+            "several (knowledge.engine = 'vllm'), or knowledge.device = 'cpu'; nvidia-smi shows who else is there"
+        ) from error
 
 
 def count_parameters(model: torch.nn.Module) -> int | None:

@@ -24,11 +24,18 @@ import numpy as np
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llm4msr.config import KnowledgeConfig, digest
 from llm4msr.knowledge.engines.batching import shared_prefix_length
-from llm4msr.knowledge.engines.devices import count_parameters, peak_flops, resolve_device, resolve_dtype
+from llm4msr.knowledge.engines.devices import (
+    count_parameters,
+    enough_memory,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+)
 from llm4msr.knowledge.engines.fitting import Fitted, fit_each
 from llm4msr.knowledge.engines.forward import Pooling, Prefix, Reader
 from llm4msr.knowledge.engines.generation import Writer, draw_chances
@@ -100,7 +107,9 @@ class Encoder:
         kind = resolve_device(device)
         self._config = config
         self._setup = setup = _set_up(config, device)
-        model = _load_model(setup, config).to(kind).eval()
+        with enough_memory(setup.name, setup.dtype):
+            model: Any = _load_model(setup, config)  # the types of its methods miss what decorators made of them
+            model = model.to(kind).eval()  # a GPU's memory may end here
         base = model.base_model
         self.identity = setup.identity
         self.identity_digest = digest(self.identity)
@@ -112,8 +121,8 @@ class Encoder:
         self._reader = Reader(base, setup.pooling, config.layer, pad_id, setup.causal)
         self._writer = None
         if config.generate:
-            ends = model.generation_config.eos_token_id
-            ends = [*(ends if isinstance(ends, list) else [ends]), setup.tokenizer.eos_token_id]
+            stated = model.generation_config.eos_token_id
+            ends = [*(stated if isinstance(stated, list) else [stated]), setup.tokenizer.eos_token_id]
             self._writer = Writer(model, self._reader, config, [i for i in ends if i is not None])
         if config.compile:
             base.forward = torch.compile(base.forward, dynamic=True)
@@ -160,10 +169,12 @@ class Encoder:
         if self._config.preamble:
             texts = [f"{self._config.preamble}\n{text}" for text in texts]
         if not self.identity["chat_template"]:
-            return self._setup.tokenizer(texts)["input_ids"]
+            plain: list[list[int]] = self._setup.tokenizer(texts)["input_ids"]
+            return plain
         chats = [[{"role": "user", "content": text}] for text in texts]
         rendered = self._setup.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        return self._setup.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self._setup.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _encode_chunk(
         self, prompts: Sequence[Prompt], start: int, fitted: list[Fitted], out: Results, report: OnBatch
@@ -282,11 +293,11 @@ def _set_up(config: KnowledgeConfig, device: Device) -> _Setup:
     return _Setup(name, path, revision, model_config, tokenizer, causal, dtype, pooling, max_tokens, identity)
 
 
-def _load_model(setup: _Setup, config: KnowledgeConfig) -> torch.nn.Module:
+def _load_model(setup: _Setup, config: KnowledgeConfig) -> transformers.PreTrainedModel:
     loader = transformers.AutoModelForCausalLM if config.generate else transformers.AutoModel
     settings = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     if config.attention == "flash_attention_2":
-        if not transformers.utils.is_flash_attn_2_available():
+        if not is_flash_attn_2_available():
             raise EncoderError(
                 "knowledge.attention 'flash_attention_2' needs a GPU and the package flash-attn, which is not usable "
                 "here: install it or take 'auto', 'sdpa' or 'eager'"
@@ -294,7 +305,7 @@ def _load_model(setup: _Setup, config: KnowledgeConfig) -> torch.nn.Module:
         if setup.dtype == "float32":
             raise EncoderError("knowledge.attention 'flash_attention_2' needs knowledge.dtype bfloat16 or float16")
     with _explained(setup.name, setup.revision), _quiet():
-        model, report = loader.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             setup.path,
             revision=setup.revision,
             trust_remote_code=False,
@@ -302,6 +313,8 @@ def _load_model(setup: _Setup, config: KnowledgeConfig) -> torch.nn.Module:
             output_loading_info=True,
             **settings,
         )
+    model: transformers.PreTrainedModel
+    model, report = loaded  # its types leave out what output_loading_info adds
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(_UNUSED_WEIGHTS))
     if missing:
         raise EncoderError(
@@ -331,6 +344,8 @@ def _is_causal(model_config: Any) -> bool:
 def _explained(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise EncoderError(

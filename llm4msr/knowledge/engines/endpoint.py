@@ -53,7 +53,7 @@ def endpoint_identity(config: KnowledgeConfig) -> dict[str, Any]:
             f"knowledge.layer = {config.layer}, knowledge.pooling = {config.pooling!r}: an endpoint chooses both "
             "itself; leave -1 and 'auto', or use knowledge.engine = 'transformers'"
         )
-    identity = {
+    identity: dict[str, Any] = {
         "engine": "openai",
         "model": config.model,
         "revision": config.revision,

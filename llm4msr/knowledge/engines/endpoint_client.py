@@ -156,7 +156,7 @@ class EndpointClient:
     async def _ask(self, path: str, send: Callable[..., Awaitable[Any]], body: dict[str, Any]) -> Any:
         what = f"POST {self.base_url.rstrip('/')}/{path} for model {body['model']!r}"
         try:
-            response = await self._retrying.copy()(self._attempt, send, body)
+            response: Any = await self._retrying.copy()(self._attempt, send, body)
         except self._openai.APIStatusError as error:
             raise self._refusal(what, error, path in self._answered) from None
         except (self._openai.APIConnectionError, TimeoutError) as error:

@@ -14,7 +14,7 @@ Axes: B rows of a batch, T tokens, K hidden width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ class Reader:
     """
 
     def __init__(self, base: torch.nn.Module, pooling: Pooling, layer: int, pad_id: int, causal: bool) -> None:
-        self.base = base
+        self.base: Any = base  # nn.Module's types know nothing of a language model's methods
         self.pooling = pooling
         self.device = next(base.parameters()).device
         self._layer = layer
@@ -128,7 +128,8 @@ class Reader:
 
     def states(self, out: Any) -> torch.Tensor:
         """Returns the (B, T, K) states that are read from what the model without its head returned."""
-        return out.last_hidden_state if self._layer == -1 else out.hidden_states[self._layer]
+        states_BTK: torch.Tensor = out.last_hidden_state if self._layer == -1 else out.hidden_states[self._layer]
+        return states_BTK
 
     def pad(self, token_ids: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[torch.Tensor, ...]:
         """Returns ids_BT and mask_BT (int64, 1 for real tokens) on the device, padded on one side."""
@@ -149,7 +150,7 @@ class Reader:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def _tried(self, attempt: Any) -> bool:
+    def _tried(self, attempt: Callable[[], bool]) -> bool:
         try:
             return attempt()
         except torch.AcceleratorError:

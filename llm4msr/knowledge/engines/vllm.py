@@ -193,7 +193,7 @@ def processor_configs(config: KnowledgeConfig, num_actors: int | tuple[int, int]
         engine |= {"revision": config.revision, "tokenizer_revision": config.revision}
     if config.batch_tokens != "auto":
         engine["max_num_batched_tokens"] = config.batch_tokens
-    shared = {
+    shared: dict[str, Any] = {
         "model_source": config.model if local is None else str(local.path),
         "batch_size": BATCH_SIZE,
         "concurrency": num_actors,
@@ -258,7 +258,11 @@ def encode_dataset(
         # Both engines at once would need twice the GPUs, and wait for ever where these are not to be had.
         rows = write(rows).map_batches(_write_table, batch_format="pyarrow").materialize()
     embed = build(configs["embed"], preprocess=functools.partial(embed_request, config=config), postprocess=_embedded)
-    return embed(rows).map_batches(_encode_table, batch_format="pyarrow", fn_kwargs={"model": config.model})
+    return embed(rows).map_batches(
+        _encode_table,  # type: ignore[arg-type]  # Ray's types know no function with fn_kwargs
+        batch_format="pyarrow",
+        fn_kwargs={"model": config.model},
+    )
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:

@@ -30,6 +30,8 @@ class DirectionClusters(nn.Module):
     """
 
     momentum = 0.1
+    mean_I: torch.Tensor
+    centre_KI: torch.Tensor
 
     def __init__(self, num_clusters: int, dim: int) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class DirectionClusters(nn.Module):
         sums = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # a line for each cluster, and one for all rows
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        total, count = sums.split([len(self.mean_I), 1], dim=1)
+        total, count = torch.split(sums, [len(self.mean_I), 1], dim=1)
         average = total / count.clamp(min=1)  # zero for a cluster without rows, which then keeps its direction
         self.centre_KI.copy_(nn.functional.normalize(self.centre_KI.lerp(average[:-1], self.momentum), dim=1))
         self.mean_I.add_(average[-1], alpha=self.momentum)

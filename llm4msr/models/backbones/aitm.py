@@ -48,7 +48,7 @@ class AITM(Backbone):
         z_BH = self.towers[0](x_BD)
         logits = []
         for s, size in enumerate(rows.sizes):
-            if s > 0:
+            if self.transfer is not None and s > 0:
                 z_BH = self.transfer(self.messages[s - 1](z_BH), self.towers[s](x_BD))
             logits.append(self.heads[s](z_BH[:size]))
             x_BD, z_BH = x_BD[size:], z_BH[size:]
@@ -66,4 +66,5 @@ class Transfer(nn.Module):
         """Returns z_BH."""
         pair_2BH = torch.stack([message_BH, own_BH])
         score_2B1 = (self.query(pair_2BH) * self.key(pair_2BH)).sum(2, keepdim=True) * own_BH.shape[1] ** -0.5
-        return (score_2B1.softmax(0) * self.value(pair_2BH)).sum(0)
+        z_BH: torch.Tensor = (score_2B1.softmax(0) * self.value(pair_2BH)).sum(0)
+        return z_BH

@@ -49,7 +49,8 @@ class MLP(Control):
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
-        return self.last(self.hidden(self.with_scenario(x_BD, scenario_B))).squeeze(1)
+        logit_B1: torch.Tensor = self.last(self.hidden(self.with_scenario(x_BD, scenario_B)))
+        return logit_B1.squeeze(1)
 
 
 class DeepFM(Control):
@@ -71,10 +72,11 @@ class DeepFM(Control):
         """Returns logit_B."""
         x_BD = self.with_scenario(x_BD, scenario_B)
         num_fields, width = 1 + len(self.layout.fields), self.layout.embedding_dim
-        fields_BFE = x_BD[:, : num_fields * width].unflatten(1, (num_fields, width))
+        fields_BFE = torch.unflatten(x_BD[:, : num_fields * width], 1, (num_fields, width))
         # All pairs' products: half of what the squared sum has beyond the squares.
         second_order_B = 0.5 * (fields_BFE.sum(1).square() - fields_BFE.square().sum(1)).sum(1)
-        return (self.first_order(x_BD) + self.last(self.hidden(x_BD))).squeeze(1) + second_order_B
+        logit_B1: torch.Tensor = self.first_order(x_BD) + self.last(self.hidden(x_BD))
+        return logit_B1.squeeze(1) + second_order_B
 
 
 class DCNv2(Control):
@@ -95,4 +97,5 @@ class DCNv2(Control):
         x0_BD = x_BD = self.with_scenario(x_BD, scenario_B)
         for cross in self.crosses:
             x_BD = x0_BD * cross(x_BD) + x_BD
-        return self.last(torch.cat([x_BD, self.hidden(x0_BD)], dim=1)).squeeze(1)
+        logit_B1: torch.Tensor = self.last(torch.cat([x_BD, self.hidden(x0_BD)], dim=1))
+        return logit_B1.squeeze(1)

@@ -79,7 +79,8 @@ class Mixture(nn.Module):
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Returns (B, H)."""
-        return self.gate(x_BD, self.experts(x_BD))
+        mixed_BH: torch.Tensor = self.gate(x_BD, self.experts(x_BD))
+        return mixed_BH
 
 
 class Tower(nn.Module):
@@ -92,7 +93,8 @@ class Tower(nn.Module):
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
-        return self.last(self.hidden(x_BD)).squeeze(1)
+        logit_B1: torch.Tensor = self.last(self.hidden(x_BD))
+        return logit_B1.squeeze(1)
 
 
 def towers(num_scenarios: int, input_dim: int, config: ModelConfig) -> nn.ModuleList:

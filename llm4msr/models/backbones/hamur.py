@@ -41,12 +41,14 @@ class ScenarioAdapter(nn.Module):
     def forward(self, h_BH: torch.Tensor, core_BRR: torch.Tensor, rows: ScenarioRows) -> torch.Tensor:
         """Returns (B, H) for rows sorted by scenario."""
         factors = (self.down_in_SHR, self.down_out_SRA, self.down_bias_SA, self.up_in_SAR, self.up_out_SRH)
-        parts = zip(h_BH.split(rows.sizes), core_BRR.split(rows.sizes), *(f.unbind() for f in factors), strict=True)
+        slices = (torch.split(h_BH, rows.sizes), torch.split(core_BRR, rows.sizes))
+        parts = zip(*slices, *(f.unbind() for f in factors), strict=True)
         adapted = [
             _product(_product(h, down_in, core, down_out).add(bias).sigmoid(), up_in, core, up_out)
             for h, core, down_in, down_out, bias, up_in, up_out in parts
         ]
-        return self.norm(torch.cat(adapted), rows)
+        normalised_BH: torch.Tensor = self.norm(torch.cat(adapted), rows)
+        return normalised_BH
 
 
 def _product(x_BD: torch.Tensor, in_DR: torch.Tensor, core_BRR: torch.Tensor, out_RH: torch.Tensor) -> torch.Tensor:
@@ -75,11 +77,10 @@ class HAMUR(Backbone):
         super().__init__(layout, num_scenarios, config)
         input_dim, adaptive = layout.input_dim, config.adaptive
         self.rank = adaptive.rank
-        self.hyper = nn.Sequential(
-            dense_stack(input_dim, (adaptive.hidden_dim,), config.dropout),
-            nn.Linear(adaptive.hidden_dim, self.rank**2),
-        )
-        nn.init.eye_(self.hyper[-1].bias.data.view(self.rank, self.rank))
+        hidden = dense_stack(input_dim, (adaptive.hidden_dim,), config.dropout)
+        core = nn.Linear(adaptive.hidden_dim, self.rank**2)
+        nn.init.eye_(core.bias.data.view(self.rank, self.rank))
+        self.hyper = nn.Sequential(hidden, core)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise((input_dim, *config.hidden_dims, 1)))
         self.adapters = nn.ModuleList(
             ScenarioAdapter(num_scenarios, dim, adaptive.adapter_dim, self.rank) for dim in config.hidden_dims

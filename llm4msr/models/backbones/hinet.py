@@ -40,12 +40,13 @@ class HiNet(Backbone):
         """Returns logit_B."""
         rows = ScenarioRows(scenario_B, len(self.towers))
         x_BD = rows.sort(x_BD)
-        own_SBH = torch.stack([expert(x_BD) for expert in self.own]).split(rows.sizes, dim=1)
+        own_SBH = torch.split(torch.stack([expert(x_BD) for expert in self.own]), rows.sizes, dim=1)
         attention_SS = self.attention(self.scenario_embedding_SE).softmax(1)
         attention_SS = attention_SS * (1 - torch.eye(len(attention_SS), device=attention_SS.device))
 
         def tower(s: int, shared_BH: torch.Tensor) -> torch.Tensor:
             others_BH = torch.einsum("s,sbh->bh", attention_SS[s], own_SBH[s])
-            return self.towers[s](torch.cat([others_BH, own_SBH[s][s], shared_BH], dim=1))
+            logit_B: torch.Tensor = self.towers[s](torch.cat([others_BH, own_SBH[s][s], shared_BH], dim=1))
+            return logit_B
 
         return rows.map(self.shared(x_BD), tower)

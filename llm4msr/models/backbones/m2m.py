@@ -72,6 +72,7 @@ class M2M(Backbone):
             for layer in tower:
                 weight_HH, bias_H = layer[s]
                 h_BH = leaky_relu(torch.addmm(bias_H, h_BH, weight_HH) + h_BH)
-            return self.last(h_BH).squeeze(1)
+            logit_B1: torch.Tensor = self.last(h_BH)
+            return logit_B1.squeeze(1)
 
         return rows.map(x_BD, meta)

@@ -60,7 +60,8 @@ class M3oE(Backbone):
         def tower(s: int, h_BH: torch.Tensor) -> torch.Tensor:
             own_BH, all_BH = scenario_SBH[s][s], scenario_SBH[s].sum(0)
             balanced_BH = balance * own_BH + others_weight * (all_BH - own_BH)
-            return self.towers[s](self.gates[s](h_BH, expert_NBH[s]) + fusion * balanced_BH)
+            logit_B: torch.Tensor = self.towers[s](self.gates[s](h_BH, expert_NBH[s]) + fusion * balanced_BH)
+            return logit_B
 
         return rows.map(h_BH, tower)
 
@@ -68,5 +69,6 @@ class M3oE(Backbone):
         """The star layer and its dense layer on sorted rows, (B, H), still sorted."""
         weights = (self.star_shared.weight * self.star_weight_SHD).unbind()
         biases = (self.star_shared.bias + self.star_bias_SH).unbind()
-        star = [nn.functional.linear(x, weights[s], biases[s]) for s, x in enumerate(x_BD.split(rows.sizes))]
-        return self.dense(torch.cat(star)) + self.skip(x_BD)
+        star = [nn.functional.linear(x, weights[s], biases[s]) for s, x in enumerate(torch.split(x_BD, rows.sizes))]
+        h_BH: torch.Tensor = self.dense(torch.cat(star)) + self.skip(x_BD)
+        return h_BH

@@ -26,7 +26,8 @@ class GateUnit(nn.Module):
 
     def forward(self, v_BD: torch.Tensor) -> torch.Tensor:
         """Returns the factors, (B, output_dim)."""
-        return LARGEST_FACTOR * self.dense(v_BD).sigmoid()
+        gate_BD: torch.Tensor = self.dense(v_BD)
+        return LARGEST_FACTOR * gate_BD.sigmoid()
 
 
 class PEPNet(Backbone):
@@ -75,7 +76,8 @@ class PEPNet(Backbone):
             h_BD = self.dropout(torch.relu(layer(h_BD)))
             if self.gates_hidden:
                 h_BD = self.hidden_gates[i](seen_BP) * h_BD
-        return last(h_BD).squeeze(1)
+        logit_B1: torch.Tensor = last(h_BD)
+        return logit_B1.squeeze(1)
 
 
 class EPNet(PEPNet):

@@ -32,8 +32,9 @@ class PLE(Backbone):
         num_levels, input_dim = config.experts.num_levels, layout.input_dim
         self.levels = nn.ModuleList()
         for i in range(num_levels):
-            self.levels.append(Level(input_dim, num_scenarios, config, is_last=i == num_levels - 1))
-            input_dim = self.levels[-1].output_dim
+            level = Level(input_dim, num_scenarios, config, is_last=i == num_levels - 1)
+            self.levels.append(level)
+            input_dim = level.output_dim
         self.towers = towers(num_scenarios, input_dim, config)
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
@@ -73,9 +74,9 @@ class Level(nn.Module):
             shared_BD: The shared path.
             sizes: Rows of each scenario.
         """
-        shared_parts = zip(shared_BD.split(sizes), self.shared(shared_BD).split(sizes, dim=1), strict=True)
+        shared_parts = zip(torch.split(shared_BD, sizes), self.shared(shared_BD).split(sizes, dim=1), strict=True)
         next_own, next_shared = [], []
-        for s, (own, (shared, shared_NBH)) in enumerate(zip(own_BD.split(sizes), shared_parts, strict=True)):
+        for s, (own, (shared, shared_NBH)) in enumerate(zip(torch.split(own_BD, sizes), shared_parts, strict=True)):
             expert_NBH = torch.cat([self.own[s](own), shared_NBH])
             next_own.append(self.gates[s](own, expert_NBH))
             if self.shared_gate is not None:

@@ -48,11 +48,15 @@ class SARNet(Backbone):
         """Returns logit_B."""
         rows = ScenarioRows(scenario_B, len(self.gates))
         scales, shifts = self.scale_SD.unbind(), self.shift_SD.unbind()
-        parts = rows.sort(x_BD).split(rows.sizes)
+        parts = torch.split(rows.sort(x_BD), rows.sizes)
         hidden_BD = torch.cat([torch.addcmul(shifts[s], x_BD, scales[s]) for s, x_BD in enumerate(parts)])
         shared_NBH = self.shared_experts(hidden_BD).split(rows.sizes, dim=1)
 
         def fuse(s: int, hidden_BD: torch.Tensor) -> torch.Tensor:
-            return self.gates[s](hidden_BD, torch.cat([shared_NBH[s], self.own_experts[s](hidden_BD)]))
+            fused_BH: torch.Tensor = self.gates[s](
+                hidden_BD, torch.cat([shared_NBH[s], self.own_experts[s](hidden_BD)])
+            )
+            return fused_BH
 
-        return self.tower(rows.map(hidden_BD, fuse))
+        logit_B: torch.Tensor = self.tower(rows.map(hidden_BD, fuse))
+        return logit_B

@@ -59,6 +59,9 @@ class Star(Backbone):
     def _auxiliary(self, s: int, x_BD: torch.Tensor) -> torch.Tensor:
         """The auxiliary network on x beside scenario s's embedding, which only shifts the first layer's bias."""
         hidden, last = self.auxiliary
-        x_weight_HD, embedding_weight_HE = hidden[0].weight.split([x_BD.shape[1], self.scenario_embedding.shape[1]], 1)
+        assert isinstance(hidden, nn.Sequential) and isinstance(hidden[0], nn.Linear)
+        widths = [x_BD.shape[1], self.scenario_embedding.shape[1]]
+        x_weight_HD, embedding_weight_HE = torch.split(hidden[0].weight, widths, dim=1)
         bias_H = hidden[0].bias + embedding_weight_HE @ self.scenario_embedding[s]
-        return last(hidden[1:](nn.functional.linear(x_BD, x_weight_HD, bias_H))).squeeze(1)
+        logit_B1: torch.Tensor = last(hidden[1:](nn.functional.linear(x_BD, x_weight_HD, bias_H)))
+        return logit_B1.squeeze(1)
