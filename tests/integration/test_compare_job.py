@@ -148,7 +148,7 @@ def test_everything_is_written(finished):
     names = {os.path.relpath(name, report.uri) for name, _ in storage.list_files(report.uri)}
     plots = ["auc_by_scenario", "auc_by_user_activity", "calibration", "training_curves"]
     plots += ["gain_by_scenario", "gain_by_user_activity", "gain_cold"]
-    files = {"item_mean.json", "manifest.json", "report.html", "results.csv", "summary.json", "table.md"}
+    files = {"item_mean.json", "manifest.json", "plan.json", "report.html", "results.csv", "summary.json", "table.md"}
     assert names == files | {f"plots/{name}.png" for name in plots}
     for name in plots:
         with Image.open(storage.local_path(storage.join(report.uri, "plots", f"{name}.png"))) as image:

@@ -25,7 +25,7 @@ from llm4msr import storage
 from llm4msr.ranker import Ranker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEPLOY_TIMEOUT_S = 90
+DEPLOY_TIMEOUT_S = 300  # a busy machine starts Ray and two replicas in minutes
 STOP_TIMEOUT_S = 60
 GOOD = {"user": 1000, "scenario": "rec", "items": [7000, 7001, 7002]}
 

@@ -75,7 +75,7 @@ class TinyAdapter:
             {
                 "user_id": table["user"],
                 "item_id": table["item"],
-                "scenario": pc.index_in(table["scenario"], pa.array(SCENARIOS)),
+                "scenario": pc.index_in(table["scenario"].cast(pa.string()), pa.array(SCENARIOS)),
                 "label": table["label"].cast(pa.int8()),
                 "timestamp_ms": table["time"].cast(pa.int64()),
                 "position": table["position"],
