@@ -94,6 +94,12 @@ class Config(BaseSettings):
             )
         if self.model.embedding_sharding == "sharded":
             self._check_sharded()
+        if self.train.embedding_weight_decay and self.train.embedding_optimizer != "dense_adam":
+            raise ValueError(
+                f"train.embedding_weight_decay = {self.train.embedding_weight_decay:g} needs train.embedding_optimizer "
+                f"'dense_adam', found {self.train.embedding_optimizer!r}, which leaves rows that nobody looks up as "
+                "they are; or use train.embedding_l2"
+            )
         if self.model.knowledge_match and self.knowledge.user_vectors != "items":
             raise ValueError(
                 "model.knowledge_match compares a user's vector with an item's: with knowledge.user_vectors = "

@@ -113,9 +113,12 @@ class TrainConfig(Section):
     """Adam's learning rate for dense weights. Sensitive: search it (jobs.tune)."""
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the embedding tables; none: learning_rate."""
-    embedding_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
-    """Both touch only the rows of the batch. adam: lazy Adam, two moments per weight; rowwise_adagrad: one number per
-    row, 32 times less memory at width 16; its learning rate is some ten times higher."""
+    embedding_optimizer: Literal["adam", "dense_adam", "rowwise_adagrad"] = "adam"
+    """adam: lazy Adam, two moments per weight, touches only the rows of the batch; rowwise_adagrad: the same with one
+    number per row, 32 times less memory at width 16; its learning rate is some ten times higher. dense_adam: whole
+    tables in each step, for small tables, with embedding_weight_decay."""
+    embedding_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of dense_adam: times a weight, added to its gradient in each step, so that rows seldom looked up shrink."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     """Decoupled weight decay of the dense weights."""
     embedding_l2: Annotated[float, Field(ge=0)] = 0.0

@@ -131,6 +131,32 @@ class LazyAdam(_RowOptimizer):
         return first_RE.div_(second_RE.sqrt_().add_(group["eps"])).mul_(rate)
 
 
+class DenseAdam(torch.optim.Adam):
+    """Adam over whole tables, though their gradients are sparse: `torch.optim.Adam`, whose decay is part of a gradient.
+
+    Adam divides by the size of a weight's gradients. A row without data in a step has the decay alone for a gradient,
+    and moves towards zero at the full rate, so the seldom a row is looked up, the more it is held back. A step costs
+    what is in the tables, not what is in the batch.
+
+    Args:
+        params: Tables (V, E).
+        lr: Learning rate.
+        weight_decay: Times a weight, added to its gradient in each step.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's own would call a closure
+        """Updates all rows of all tables; a table without a gradient has zeros for one."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        super().step()
+
+
 class RowWiseAdagrad(_RowOptimizer):
     """Adagrad with one number per row: sum += mean over the row of g^2; w -= lr * g / (sqrt(sum) + eps).
 

@@ -23,7 +23,7 @@ from llm4msr.models.llm4msr import MultiScenarioModel
 from llm4msr.schema import rows_schema
 from llm4msr.training.counts import ScenarioCounts
 from llm4msr.training.reader import list_row_groups, prefetch, read_batches, to_columns, valid_share
-from llm4msr.training.sparse import LazyAdam, RowWiseAdagrad, average_sparse_gradients, embedding_parameters
+from llm4msr.training.sparse import DenseAdam, LazyAdam, RowWiseAdagrad, average_sparse_gradients, embedding_parameters
 
 VALID_BATCH_SIZE = 8192
 SPARSE_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -84,8 +84,12 @@ class Trainer:
             )
         }
         if tables:
-            optimizer = SPARSE_OPTIMIZERS[self.train.embedding_optimizer]
-            self.optimizers["embedding"] = optimizer(tables.values(), lr=table_rate)
+            kind, decay = self.train.embedding_optimizer, self.train.embedding_weight_decay
+            self.optimizers["embedding"] = (
+                DenseAdam(tables.values(), table_rate, decay)
+                if kind == "dense_adam"
+                else SPARSE_OPTIMIZERS[kind](tables.values(), lr=table_rate)
+            )
 
     def collate(self, rows: Rows, num_lanes: int) -> list[Batch]:
         """Returns this worker's rows of a step as the parts that go through the model one after another.

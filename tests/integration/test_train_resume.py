@@ -49,7 +49,14 @@ def alone(task, stop_after=None, preempted=lambda: False):
     return train_worker(task, 0, 1, torch.device("cpu"), lambda metrics: None, stop, preempted)
 
 
-@pytest.mark.parametrize("settings", [{}, {"embedding_optimizer": "rowwise_adagrad", "accumulate_steps": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"embedding_optimizer": "rowwise_adagrad", "accumulate_steps": 2},
+        {"embedding_optimizer": "dense_adam", "embedding_weight_decay": 1e-3, "log_every_steps": 1},
+    ],
+)
 def test_interrupted_again_and_again_it_ends_as_if_it_had_not_been(task, settings):
     """Bit by bit: the weights of the best epoch, the metrics of all."""
     straight = changed(task, f"straight{len(settings)}", **settings)

@@ -73,6 +73,11 @@ FEATURE = '[{"name": "x", "source": "user", "kind": "numeric"}]'
             [*SHARDED, "--train.num_workers=0"],
             "configuration: model.embedding_sharding = 'sharded' needs train.num_workers workers of Ray Train, found 0",
         ),
+        (
+            ["--train.embedding_weight_decay=0.001"],
+            "configuration: train.embedding_weight_decay = 0.001 needs train.embedding_optimizer 'dense_adam', found "
+            "'adam'",
+        ),
         (["--experiment.seeds=[1, 1]"], "experiment: seeds = [1, 1]: give at least one value, each once"),
         (["--experiment.knowledge=[]"], "experiment: knowledge = []: give at least one value, each once"),
     ],

@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import profile
 
 from llm4msr.models.embedding import BLOCK_ROWS, FeatureEmbedding, fill_rows
-from llm4msr.training.sparse import LazyAdam, RowWiseAdagrad, average_sparse_gradients
+from llm4msr.training.sparse import DenseAdam, LazyAdam, RowWiseAdagrad, average_sparse_gradients
 
 V, E = 50, 8
 
@@ -165,6 +165,28 @@ def test_lazy_adam_is_sparse_adam():
         assert ours.state[a]["step"] == torchs.state[b]["step"]
         for name in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(ours.state[a][name], torchs.state[b][name], atol=1e-7, rtol=1e-6)
+
+
+def test_dense_adam_is_torchs_adam_on_dense_gradients_and_shrinks_what_nobody_looks_up():
+    def table(sparse: bool) -> nn.Embedding:
+        torch.manual_seed(0)
+        return nn.Embedding(V, E, padding_idx=0, sparse=sparse)
+
+    (ours, idle), expected = (table(True), table(True)), table(False)
+    before = expected.weight.detach().clone()
+    optimizer = DenseAdam([ours.weight, idle.weight], lr=0.01, weight_decay=0.1)
+    reference = torch.optim.Adam(expected.parameters(), lr=0.01, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        index_R = torch.randint(0, V // 2, (16,), generator=generator)
+        for embedding, rule in ((ours, optimizer), (expected, reference)):
+            rule.zero_grad()
+            embedding(index_R).square().sum().backward()
+            rule.step()
+    torch.testing.assert_close(ours.weight, expected.weight, rtol=1e-6, atol=1e-7)
+    for shrunk in (ours.weight[V // 2 :], idle.weight[V // 2 :]):  # by some five times the rate each
+        assert (before[V // 2 :].abs() - shrunk.detach().abs()).median().item() == pytest.approx(0.05, rel=0.1)
+    assert ours.weight[0].eq(0).all() and idle.weight[0].eq(0).all()
 
 
 def test_rowwise_adagrad_by_hand():

@@ -261,7 +261,7 @@ def test_the_same_on_s3(whole, bucket, tmp_path):
     assert (found.state, found.counts["units done"], found.counts["units planned"]) == ("running", 1, 3)
     with pytest.raises(storage.StorageError, match="no such folder"):
         read_status(f"s3://{bucket}/nothing")
-    with pytest.raises(storage.StorageError, match="cannot be listed; .*NoSuchBucket"):
+    with pytest.raises(storage.StorageError, match=r"cannot be listed; .*NoSuchBucket"):
         read_status("s3://there-is-no-such-bucket/w")
 
 
