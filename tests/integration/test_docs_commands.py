@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import documented_commands as documents
+import psutil
 import pyarrow.dataset as ds
 import pytest
 from documented_commands import REPOSITORY, Command
@@ -114,8 +115,11 @@ class Reader:
         """Stops the server as Ctrl-C does, and sees that it ends well."""
         try:
             if self._server is not None:
+                started = psutil.Process(self._server.pid).children(recursive=True)
                 self._server.send_signal(signal.SIGTERM)
                 self._server.wait(STOP_S)
+                _, left = psutil.wait_procs(started, STOP_S)  # make does not wait for what it ends
+                assert not left, [process.cmdline() for process in left]
                 assert "Stopping." in (self.folder / "server.log").read_text()
         finally:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
