@@ -53,7 +53,7 @@ test: $(INSTALLED) ## Run the linter, the type checker and the test suite.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes each: a compiled model, a lost node.
 	$(BIN)/python -m pytest -m slow
