@@ -10,7 +10,8 @@ side computes of itself, the AUC here is the project's exact one, of the scores 
 
 * Penalty: ours weighs the squared norm of the rows that a training row looks up, the peers' that of all tables in
   each step. A table's row that a share p of the training rows looks up is held back alike where theirs = p x ours. So
-  theirs is ours over the rows of an id table (geometric mean of user_id and item_id).
+  theirs is ours over the rows of an id table (geometric mean of user_id and item_id). Where the recipe's
+  ``train.embedding_optimizer`` is dense_adam, ours is theirs.
 * ``model.unseen_dropout`` is ours alone. The contest is without it; where the recipe has it, NAME+unseen is with it.
 * The best of a side is chosen on valid, so that a side with more models has no advantage on test.
 
@@ -110,7 +111,7 @@ class Bench:
         model, train = self.config.model, self.config.train
         common = {"model": run.model, "seed": run.seed, "prepared": self.prepared_uri.rstrip("/").rsplit("/", 1)[-1]}
         if run.side == OURS:
-            return common | {"side": OURS, "code": self.code, "config": our_config(self.config, run)}
+            return common | {"side": OURS, "code": self.code, "config": our_config(self.config, run, self.peer_scale)}
         return common | {
             "side": PEERS[run.side].requirement,
             "embedding_dim": model.embedding_dim,
@@ -178,8 +179,9 @@ class Bench:
         return {"mean": float(np.mean(list(found.values()))), "all": auc(label_R, score_R), **found}
 
 
-def our_config(config: Config, run: Run) -> dict[str, Any]:
+def our_config(config: Config, run: Run, peer_scale: float) -> dict[str, Any]:
     """Returns the configuration of one of our runs as a tree: model and train alone."""
+    is_dense = config.train.embedding_optimizer == "dense_adam"
     # Without knowledge there is nothing to match, and a recipe's other sections are not ours.
     model = config.model.model_dump(mode="json") | {
         "backbone": run.model.removesuffix(UNSEEN),
@@ -192,7 +194,9 @@ def our_config(config: Config, run: Run) -> dict[str, Any]:
         "cpus_per_worker": 1,
         "learning_rate": run.learning_rate,
         "embedding_learning_rate": None,
-        "embedding_l2": run.penalty,
+        "embedding_l2": 0.0 if is_dense else run.penalty,
+        # Half of a penalty's gradient is the weight itself.
+        "embedding_weight_decay": 2 * run.penalty * peer_scale if is_dense else 0.0,
     }
     tree = {"workspace_uri": "unused", "model": model, "train": train, "experiment": {"knowledge": ["none"]}}
     config_from_dict(tree)  # a mistake is named before anything runs

@@ -80,11 +80,14 @@ def test_scores_of_every_side_are_judged_by_one_exact_auc(bench, tmp_path):
 
 
 def test_our_runs_have_no_more_than_the_peers(bench):
-    config = config_from_dict(our_config(CONFIG, Run("ours", "star", 3e-3, 0.1, 0)))
+    config = config_from_dict(our_config(CONFIG, Run("ours", "star", 3e-3, 0.1, 0), 0.5))
     assert (config.model.backbone, config.model.unseen_dropout, config.model.dropout) == ("star", 0, 0.01)
     assert (config.train.learning_rate, config.train.embedding_l2, config.train.num_workers) == (3e-3, 0.1, 0)
     assert config.experiment.knowledge == ("none",) and config.train.batch_size == 64
-    assert our_config(CONFIG, Run("ours", "star+unseen", 3e-3, 0.1, 0))["model"]["unseen_dropout"] == 0.2
+    assert our_config(CONFIG, Run("ours", "star+unseen", 3e-3, 0.1, 0), 0.5)["model"]["unseen_dropout"] == 0.2
+    dense = config_from_dict(CONFIG.model_dump(mode="json") | {"train": {"embedding_optimizer": "dense_adam"}})
+    train = our_config(dense, Run("ours", "star", 3e-3, 0.1, 0), 0.5)["train"]
+    assert (train["embedding_l2"], train["embedding_weight_decay"]) == (0, pytest.approx(0.1))
     peer = bench.spec(Run("fuxictr", "deepfm", 3e-3, 0.1, 0))
     assert peer["embedding_l2"] == pytest.approx(0.1 / math.sqrt(42 * 32)) and peer["learning_rate"] == 3e-3
     for name in ("batch_size", "max_epochs", "patience", "weight_decay"):
@@ -96,7 +99,7 @@ def test_our_runs_have_no_more_than_the_peers(bench):
 @pytest.mark.parametrize("name", ["amazon_food_kitchen", "compare_food_kitchen", "compare_movielens"])
 def test_recipes_whose_models_read_knowledge_are_compared_without_it(name):
     _, config = parse(["--recipe", str(REPOSITORY / "jobs" / "recipes" / f"{name}.toml")])
-    model = config_from_dict(our_config(config, Run("ours", "mmoe", 3e-3, 0.1, 0))).model
+    model = config_from_dict(our_config(config, Run("ours", "mmoe", 3e-3, 0.1, 0), 0.5)).model
     assert (config.model.knowledge_match, model.knowledge_match, model.backbone) == (True, False, "mmoe")
 
 
