@@ -105,6 +105,7 @@ class Reader:
                 env=own | {"RAY_TMPDIR": self._ray_folder},
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # the foreground group of a terminal, to which Ctrl-C goes
             )
         end = time.monotonic() + START_S
         while "Stop:      Ctrl-C" not in log.read_text():
@@ -116,9 +117,9 @@ class Reader:
         try:
             if self._server is not None:
                 started = psutil.Process(self._server.pid).children(recursive=True)
-                self._server.send_signal(signal.SIGTERM)
+                os.killpg(self._server.pid, signal.SIGINT)
                 self._server.wait(STOP_S)
-                _, left = psutil.wait_procs(started, STOP_S)  # make does not wait for what it ends
+                _, left = psutil.wait_procs(started, STOP_S)
                 assert not left, [process.cmdline() for process in left]
                 assert "Stopping." in (self.folder / "server.log").read_text()
         finally:
