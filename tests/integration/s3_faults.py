@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import os
 import re
 import socket
 import struct
@@ -17,6 +18,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import s3fs
+from botocore.retries.standard import ExponentialBackoff
+
+from llm4msr import remote
 
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
 BLOCK = 1 << 16
@@ -231,3 +238,24 @@ def faulty(target: str) -> Iterator[FaultyStore]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def faulty_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """Runs the proxy before this process's server, and sends all that this process asks through it.
+
+    The numbers of tries are those of the clients; the waits between them alone are shortened.
+    """
+    with faulty(os.environ["AWS_ENDPOINT_URL"]) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
+        fresh()
+        yield store
+    monkeypatch.undo()
+    fresh()
+
+
+def fresh() -> None:
+    """Makes the next verb of storage read the settings anew."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    remote._retries.cache_clear()

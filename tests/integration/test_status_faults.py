@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import s3fs
-from botocore.retries.standard import ExponentialBackoff
-from s3_faults import DENIED, Fault, faulty, slow_down
+from s3_faults import DENIED, Fault, faulty_here, slow_down
 
 from jobs import status as job
-from llm4msr import remote, storage
+from llm4msr import storage
 from llm4msr.status.look import read_status
 from llm4msr.training.state import TrainState, newest_state, save_state
 
 
 @pytest.fixture
 def store(s3_server, monkeypatch):
-    """The proxy, which all that this process reads goes through; waits between tries are shortened."""
-    with faulty(os.environ["AWS_ENDPOINT_URL"]) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-        fresh()
+    """The proxy, which all that this process reads goes through."""
+    with faulty_here(monkeypatch) as running:
         yield running
-    monkeypatch.undo()
-    fresh()
-
-
-def fresh() -> None:
-    s3fs.S3FileSystem.clear_instance_cache()
-    remote._retries.cache_clear()
 
 
 @pytest.fixture

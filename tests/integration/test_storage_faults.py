@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from botocore.retries.standard import ExponentialBackoff
-from s3_faults import DENIED, EXPIRED, UNKNOWN_KEY, Fault, faulty, refusal, slow_down
+from s3_faults import DENIED, EXPIRED, UNKNOWN_KEY, Fault, faulty_here, fresh, refusal, slow_down
 
 from llm4msr import remote, storage
 from llm4msr.storage import RemoteError, StorageError
@@ -30,21 +29,9 @@ VALUE = {"a": [1, 2.5, None], "中": "文"}
 @pytest.fixture
 def store(s3_server, monkeypatch):
     """The proxy, which all that this process reads and writes goes through."""
-    with faulty(os.environ["AWS_ENDPOINT_URL"]) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        monkeypatch.setattr(s3fs.S3FileSystem, "default_block_size", 5 << 20)
-        # The numbers of tries are those of the clients; the waits between them alone are shortened.
-        monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-        fresh()
+    monkeypatch.setattr(s3fs.S3FileSystem, "default_block_size", 5 << 20)
+    with faulty_here(monkeypatch) as running:
         yield running
-    monkeypatch.undo()
-    fresh()
-
-
-def fresh() -> None:
-    """Makes the next verb read the settings anew."""
-    s3fs.S3FileSystem.clear_instance_cache()
-    remote._retries.cache_clear()
 
 
 @pytest.fixture

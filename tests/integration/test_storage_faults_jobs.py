@@ -9,13 +9,12 @@ import re
 import extract_world as extracting
 import job_process as processes
 import pytest
-import s3fs
 import torch
 import train_world as training
-from s3_faults import DENIED, EXPIRED, Fault, faulty, slow_down
+from s3_faults import DENIED, EXPIRED, Fault, faulty, fresh, slow_down
 from unit.endpoint_server import serve
 
-from llm4msr import remote, storage, workspace
+from llm4msr import storage, workspace
 from llm4msr.knowledge.place import knowledge_uri
 from llm4msr.settings import config_from_dict
 from llm4msr.training.state import TrainState, load_state, newest_state, save_best, save_state
@@ -39,11 +38,6 @@ def through(store, monkeypatch):
     yield store
     monkeypatch.undo()
     fresh()
-
-
-def fresh() -> None:
-    s3fs.S3FileSystem.clear_instance_cache()
-    remote._retries.cache_clear()
 
 
 class Stumbling(list):
