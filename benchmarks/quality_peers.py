@@ -333,7 +333,7 @@ def described(bench: Bench, options: argparse.Namespace) -> Mapping[str, Any]:
     """Returns everything that decides what was run."""
     model, train = bench.config.model, bench.config.train
     return {
-        "benchmark": "quality_peers",
+        "benchmark": f"quality_{options.name}",
         "data": {
             "name": options.name,
             "features": [f["name"] for f in bench.tables["features"]],
