@@ -140,6 +140,7 @@ class Config(BaseSettings):
             ),
             ("accumulate_steps", train.accumulate_steps, train.accumulate_steps == 1, "1"),
             ("compile", train.compile, not train.compile, "false"),
+            ("average_steps", train.average_steps, train.average_steps == 0, "0"),
             ("num_workers", train.num_workers, train.num_workers != 0, "workers of Ray Train"),
         ):
             if not fits:

@@ -121,6 +121,13 @@ class TrainConfig(Section):
     """Of dense_adam: times a weight, added to its gradient in each step, so that rows seldom looked up shrink."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     """Decoupled weight decay of the dense weights."""
+    knowledge_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Times learning_rate: that of meta networks and item knowledge, whose inputs tell every user from every other."""
+    knowledge_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the same: times a weight, added to its gradient in each step. 0 with a knowledge_rate of 1: weight_decay."""
+    average_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which weights are averaged (exponentially); the averages are validated, saved and served. 0: off.
+    Tables are averaged with embedding_optimizer dense_adam alone."""
     embedding_l2: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared norm of the embeddings that a row looks up, added to its loss."""
     batch_size: PositiveInt = 2048
@@ -155,6 +162,11 @@ class TrainConfig(Section):
     """Checkpoints of the running training kept; older ones are removed."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a group whose worker died is started again, from the last checkpoint."""
+
+    @property
+    def treats_knowledge_apart(self) -> bool:
+        """Whether what reads knowledge has an optimizer of its own."""
+        return self.knowledge_rate != 1 or self.knowledge_weight_decay > 0
 
     @property
     def most_workers(self) -> int:

@@ -117,6 +117,9 @@ class UserMeta(nn.Module):
             MetaLayer(self.trunk.output_dim, input_dim, input_dim, config.weight_form, config.rank)
             for _ in range(config.num_user_layers)
         )
+        if config.residual:
+            for layer in self.layers:
+                layer.shrink()
 
     def forward(self, x_BD: torch.Tensor, knowledge_UK: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
         """Transforms x_BD."""
@@ -168,6 +171,7 @@ class ScenarioMeta(nn.Module):
         self.layers = module_list(
             MetaLayer(self.trunk.output_dim, a, b, config.weight_form, config.rank) for a, b in itertools.pairwise(dims)
         )
+        self.layers[-1].shrink()
 
     def forward(self, x_BD: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
         """Returns logit_B."""
@@ -239,6 +243,11 @@ class MultiScenarioModel(nn.Module):
     def reads_users(self) -> bool:
         """Whether anything depends on the knowledge of the user."""
         return self.user_meta is not None or self.match is not None
+
+    def knowledge_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns what is between knowledge vectors and the backbone, by name: meta networks and item knowledge."""
+        parts = ("user_meta.", "scenario_meta.", "item_knowledge.")
+        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logit_B, and the squared norm of each row's embeddings (B,) for their penalty."""

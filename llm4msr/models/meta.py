@@ -19,6 +19,7 @@ from torch import nn
 
 from llm4msr.models.layers import dense_stack
 
+FIRST_SHARE = 0.1
 CPU_WEIGHTS, GPU_WEIGHTS = 2**20, 2**26  # generated weights held at a time; a CPU keeps its in its cache
 
 
@@ -95,6 +96,15 @@ class MetaLayer(nn.Module):
         nn.init.normal_(self.weight_head.weight, std=weight_std * (0.5 / trunk_dim) ** 0.5)
         nn.init.normal_(self.weight_head.bias, std=weight_std * 0.5**0.5)
         nn.init.zeros_(self.bias_head.bias)
+
+    @torch.no_grad()
+    def shrink(self) -> None:
+        """Makes what it adds to a residual, or to a logit, small at first: the model begins as its backbone."""
+        for generated in (self.weight_head, self.bias_head) if self.full else (self.bias_head,):
+            generated.weight.mul_(FIRST_SHARE)
+            generated.bias.mul_(FIRST_SHARE)
+        if not self.full:
+            self.up_RH.mul_(FIRST_SHARE)
 
     def forward(self, x_BD: torch.Tensor, z_UZ: torch.Tensor, rows: SubjectRows) -> torch.Tensor:
         """Applies to each row the layer generated from its subject's z; returns (B, H)."""

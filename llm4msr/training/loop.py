@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +80,7 @@ def train_worker(
         while state.epoch < train.max_epochs and state.epoch - max(state.best_epoch, 0) <= train.patience:
             report(run.epoch())
     finally:
-        if run.log:
-            run.log.close()
+        run.close(sys.exception())
     metadata = {
         "model_version": task.name,
         "backbone": task.config.model.backbone,

@@ -34,6 +34,7 @@ from llm4msr.training.state import (
     take_over,
 )
 from llm4msr.training.task import TrainingDiverged, TrainingError, TrainingInterrupted, TrainTask
+from llm4msr.training.tracking import Tracker, trackers
 from llm4msr.training.trainer import Trainer
 
 logger = logging.getLogger("llm4msr.training")
@@ -86,7 +87,9 @@ class Run:
         self._go_on()
         self.state.world_size = trainer.world_size
         self.seconds_before = self.state.seconds
-        self.log = Scalars(task.run_uri, self.state.step) if trainer.rank == 0 else None
+        self.logs: list[Scalars | Tracker] = []
+        if trainer.rank == 0:
+            self.logs = [Scalars(task.run_uri, self.state.step), *trackers(task, self.state.step)]
 
     def _go_on(self) -> None:
         """Takes over the newest good checkpoint, the same on all workers."""
@@ -109,6 +112,11 @@ class Run:
                 self.state.epoch_step,
                 self.reader.steps_per_epoch,
             )
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends the logs; `error` is what ended the training, None where it came to its end."""
+        for log in self.logs:
+            log.close(error)
 
     def seconds(self) -> float:
         """Time spent, over all starts."""
@@ -186,18 +194,17 @@ class Run:
         steps_KS2 = sent[:-2].view(pending_KS2.shape).numpy()
         self._check(steps_KS2)
         self.state.sums_S2 = (np.array(self.state.sums_S2) + steps_KS2.sum(0)).tolist()
-        if self.log:
+        if self.logs:
             loss_S, rows_S = steps_KS2[-1].T
             elapsed_s = time.perf_counter() - self.train_started
-            self.log.write(
-                self.state.step,
-                {
-                    "train/loss": loss_S.sum() / rows_S.sum(),
-                    **{f"train/loss_{n}": x / r for n, x, r in zip(self.names, loss_S, rows_S, strict=True) if r},
-                    "train/rows_per_s": self.num_rows / elapsed_s,
-                    "train/data_wait_fraction": self.wait_s / elapsed_s,
-                },
-            )
+            scalars = {
+                "train/loss": loss_S.sum() / rows_S.sum(),
+                **{f"train/loss_{n}": x / r for n, x, r in zip(self.names, loss_S, rows_S, strict=True) if r},
+                "train/rows_per_s": self.num_rows / elapsed_s,
+                "train/data_wait_fraction": self.wait_s / elapsed_s,
+            }
+            for log in self.logs:
+                log.write(self.state.step, scalars)
         if not ask:
             return stop, False
         self.asked = time.monotonic()
@@ -245,7 +252,7 @@ class Run:
         state, trainer = self.state, self.trainer
         if state.best_auc is None or metrics["valid_auc"] > state.best_auc:
             state.best_auc, state.best_epoch = metrics["valid_auc"], state.epoch
-            weights = self._finite_weights()
+            weights = self._finite(trainer.best_state())
             if trainer.rank == 0:
                 check_owner(self.task.training_uri, self.token)
                 state.best_file = save_best(self.task.training_uri, state.epoch, weights)
@@ -257,25 +264,24 @@ class Run:
     def _save(self) -> None:
         """Writes a checkpoint of the running training; all workers call it."""
         self.state.seconds = self.seconds()
-        model, optimizer = self._finite_weights(), self.trainer.optimizer_state()
+        model, optimizer = self._finite(self.trainer.model_state()), self.trainer.optimizer_state()
         if self.trainer.rank == 0:
             uri, keep = self.task.training_uri, self.train.num_to_keep
             check_owner(uri, self.token)
             about = {"config": self.task.config.model_dump(mode="json"), "schema": self.prepared.schema.to_json()}
             self.last_saved = save_state(uri, self.state, model, optimizer, keep, about)
-            if self.log:
-                self.log.flush()
+            for log in self.logs:
+                log.flush()
 
-    def _finite_weights(self) -> dict[str, torch.Tensor]:
-        """Returns the weights to save; a gradient may overflow in a step whose loss was still finite."""
-        weights = self.trainer.model_state()
+    def _finite(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the weights, to save them; a gradient may overflow in a step whose loss was still finite."""
         wrong = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if wrong := agreed(self.trainer.world_size, wrong):
             raise self._diverged(f"weights are not finite after step {self.state.step}: {', '.join(wrong[:3])}")
         return weights
 
     def _log_epoch(self, metrics: dict[str, Any]) -> None:
-        if self.log is None:
+        if not self.logs:
             return
         by_scenario = {
             f"valid/{name}_{scenario}": value
@@ -289,7 +295,8 @@ class Run:
             "epoch/data_wait_s": metrics["data_wait_s"],
             "valid/auc_mean": metrics["valid_auc"],
         }
-        self.log.write(self.state.step, scalars | by_scenario)
+        for log in self.logs:
+            log.write(self.state.step, scalars | by_scenario)
         logger.info(
             "%s epoch %d: loss %.4f, valid AUC %s, %s rows/s",
             self.task.name,

@@ -38,8 +38,8 @@ class Scalars:
             for path in sorted(Path(self.folder.name).iterdir()):
                 storage.copy(str(path), storage.join(self.uri, path.name))
 
-    def close(self) -> None:
-        """Ends the log."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the log, whatever ended the run."""
         self.flush()
         self.writer.close()
         if self.folder:

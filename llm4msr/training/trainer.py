@@ -21,11 +21,13 @@ from llm4msr.config import Config
 from llm4msr.data.prepared import PreparedData
 from llm4msr.models.llm4msr import MultiScenarioModel
 from llm4msr.schema import rows_schema
+from llm4msr.training.averaging import WeightAverage
 from llm4msr.training.counts import ScenarioCounts
 from llm4msr.training.reader import list_row_groups, prefetch, read_batches, to_columns, valid_share
 from llm4msr.training.sparse import DenseAdam, LazyAdam, RowWiseAdagrad, average_sparse_gradients, embedding_parameters
 
 VALID_BATCH_SIZE = 8192
+AVERAGE = "average."  # of tensors beside the optimizers'
 SPARSE_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": LazyAdam,
     "rowwise_adagrad": RowWiseAdagrad,
@@ -77,12 +79,17 @@ class Trainer:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
             self.step_model = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
         dense = {name: p for name, p in model.named_parameters() if name not in tables}
-        self.parameters = {"dense": dense, "embedding": tables}
+        knowing = model.knowledge_parameters() if self.train.treats_knowledge_apart else {}
+        rest = {name: p for name, p in dense.items() if name not in knowing}
+        self.parameters = {"dense": rest, "embedding": tables, "knowledge": knowing}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "dense": torch.optim.AdamW(
-                dense.values(), lr=learning_rate, weight_decay=self.train.weight_decay, fused=True
+                rest.values(), lr=learning_rate, weight_decay=self.train.weight_decay, fused=True
             )
         }
+        if knowing:
+            rate, decay = self.train.knowledge_rate * learning_rate, self.train.knowledge_weight_decay
+            self.optimizers["knowledge"] = torch.optim.Adam(knowing.values(), rate, weight_decay=decay, fused=True)
         if tables:
             kind, decay = self.train.embedding_optimizer, self.train.embedding_weight_decay
             self.optimizers["embedding"] = (
@@ -90,6 +97,11 @@ class Trainer:
                 if kind == "dense_adam"
                 else SPARSE_OPTIMIZERS[kind](tables.values(), lr=table_rate)
             )
+        self.average: WeightAverage | None = None
+        if self.train.average_steps:
+            # A lazy optimizer touches few rows of a table in a step: their mean would cost a walk over all of it.
+            whole = dense | (tables if self.train.embedding_optimizer == "dense_adam" else {})
+            self.average = WeightAverage(whole, self.train.average_steps)
 
     def collate(self, rows: Rows, num_lanes: int) -> list[Batch]:
         """Returns this worker's rows of a step as the parts that go through the model one after another.
@@ -147,6 +159,8 @@ class Trainer:
         average_sparse_gradients(self.parameters["embedding"].values())
         for optimizer in self.optimizers.values():
             optimizer.step()
+        if self.average:
+            self.average.update()
         return sums_S2
 
     def _by_scenario(self, loss_B: torch.Tensor, scenario_B: torch.Tensor) -> torch.Tensor:
@@ -155,12 +169,17 @@ class Trainer:
         return sums_S2.index_add_(0, scenario_B, pairs_B2)
 
     def validate(self, prepared: PreparedData) -> dict[str, list[float]]:
-        """Scores valid, each row once over all workers; returns `ScenarioCounts.compute` of all of them."""
+        """Scores valid, each row once over all workers, with the averaged weights where there are any.
+
+        Returns:
+            `ScenarioCounts.compute` of all workers' rows.
+        """
         counts = ScenarioCounts(self.collator.num_scenarios, self.device)
         files = valid_share(prepared.files("valid"), self.rank, self.world_size)
         num_idle = self._num_idle_batches(files)
         self.model.eval()
-        with torch.inference_mode(), self.autocast:
+        averaged = self.average.applied() if self.average else contextlib.nullcontext()
+        with averaged, torch.inference_mode(), self.autocast:
             for uri, _ in files:
                 scored = [self._score(rows, batch, counts) for rows, batch in self._valid_batches(uri)]
                 counts.update_users(*(np.concatenate(columns) for columns in zip(*scored, strict=True)))
@@ -203,8 +222,16 @@ class Trainer:
             state |= sharding().gather_tables(self.model) or {}
         return state
 
+    def best_state(self) -> dict[str, torch.Tensor]:
+        """Returns what `validate` scored with: `model_state`, with the averaged weights where there are any."""
+        state = self.model_state()
+        return state | self.average.mean if self.average else state
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Returns the optimizers' tensors as ``<optimizer>.<parameter>.<key>``; `model_state` says for whom."""
+        """Returns the optimizers' tensors as ``<optimizer>.<parameter>.<key>``; `model_state` says for whom.
+
+        The averaged weights are among them, as ``average.<parameter>``.
+        """
         packed = {}
         for kind, optimizer in self.optimizers.items():
             for name, parameter in self.parameters[kind].items():
@@ -213,6 +240,8 @@ class Trainer:
         if self.sharded:
             sums = sharding().gather_row_sums(self.model) or {}
             packed |= {f"embedding.{name}.sum": tensor for name, tensor in sums.items()}
+        if self.average:
+            packed |= {f"{AVERAGE}{name}": tensor for name, tensor in self.average.state().items()}
         return packed
 
     def load(self, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
@@ -225,6 +254,9 @@ class Trainer:
             sharding().load_row_sums(self.model, sums)
             optimizer = {k: v for k, v in optimizer.items() if not k.startswith("embedding.")}
         self.model.load_state_dict(model)
+        if self.average:
+            self.average.load({k.removeprefix(AVERAGE): v for k, v in optimizer.items() if k.startswith(AVERAGE)})
+            optimizer = {k: v for k, v in optimizer.items() if not k.startswith(AVERAGE)}
         for packed, value in optimizer.items():
             kind, _, rest = packed.partition(".")
             name, _, key = rest.rpartition(".")

@@ -54,7 +54,12 @@ def alone(task, stop_after=None, preempted=lambda: False):
     [
         {},
         {"embedding_optimizer": "rowwise_adagrad", "accumulate_steps": 2},
-        {"embedding_optimizer": "dense_adam", "embedding_weight_decay": 1e-3, "log_every_steps": 1},
+        {
+            "embedding_optimizer": "dense_adam",
+            "embedding_weight_decay": 1e-3,
+            "average_steps": 20,
+            "log_every_steps": 1,
+        },
     ],
 )
 def test_interrupted_again_and_again_it_ends_as_if_it_had_not_been(task, settings):
