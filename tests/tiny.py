@@ -203,6 +203,10 @@ def tiny_checkpoint(
     with torch.no_grad():
         for table in (*model.embedding.tables, *model.embedding.sequence_tables):
             table.weight[1:].normal_(std=1.0)
+        small = list(model.user_meta.layers) if model.user_meta and config.model.meta.residual else []
+        small += model.scenario_meta.layers[-1:] if model.scenario_meta else []
+        for layer in small:  # what they add, before they are trained
+            (layer.weight_head.weight if layer.full else layer.up_RH).mul_(10)
     metadata = {
         "model_version": f"tiny-{seed}",
         "backbone": config.model.backbone,
