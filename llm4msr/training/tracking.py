@@ -20,6 +20,7 @@ from llm4msr.training.task import TrainingError, TrainingInterrupted, TrainTask
 logger = logging.getLogger("llm4msr.training")
 
 SEND_SECONDS = 2.0
+PARAM_LENGTH = 6000  # MLflow refuses a longer value, such as a preamble of prompts
 RUN_TAG = "llm4msr.run_uri"
 # MLflow's own defaults let a server that is down hold up a training for minutes at every point.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -89,7 +90,7 @@ class Tracker:
             "llm4msr.seed": str(task.seed),
         }
         run = self.client.create_run(experiment, run_name=task.name, tags=tags)
-        params = [Param(key, str(value)) for key, value in flat(task.config.model_dump(mode="json"))]
+        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(task.config.model_dump(mode="json"))]
         self.client.log_batch(run.info.run_id, params=params)
         return str(run.info.run_id)
 

@@ -70,6 +70,7 @@ def client(server, monkeypatch):
 
 def train(task, run, stop=lambda: False, **settings):
     tree = world.tree(task.config.workspace_uri, **settings)
+    tree["knowledge"] = {"preamble": "x" * 7000}
     place = storage.join(task.config.workspace_uri, run)
     changed = replace(task, config=tiny_config(**tree), run_uri=place, name=run)
     return train_worker(changed, 0, 1, torch.device("cpu"), lambda metrics: None, stop)
@@ -90,6 +91,7 @@ def test_a_run_has_its_settings_and_its_curves(task, client):
     (run,) = runs(client, "whole")
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.003" and run.data.params["model.meta.rank"] == "16"
+    assert run.data.params["knowledge.preamble"] == "x" * 6000
     assert run.data.tags["llm4msr.knowledge"] == "llm" and run.data.tags["llm4msr.seed"] == str(task.seed)
     history = [epoch["valid_auc"] for epoch in metadata["history"]]
     assert [value for _, value in sorted(points(client, run, "valid/auc_mean").items())] == pytest.approx(history)
